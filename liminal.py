@@ -1,0 +1,1631 @@
+"""Liminal, the part that everything shares: the wire, the client and the commands.
+
+Owns: settings, errors, the contract and its checker, positions, Server-Sent Events, serving helpers, the command line.
+Never: opens a database, speaks to an LLM, imports the servers. Only the standard library at the top: the CLI starts fast.
+
+A token's way: provider -> liminal_domain.py: read_provider, run, record, stream_run
+-> liminal_edge.py: follow_run, bundle, stream_events -> here: Client.stream, show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+import queue
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import urllib.parse
+import uuid
+
+HERE = pathlib.Path(__file__).resolve().parent
+SCRIPTS = ("liminal.py", "liminal_domain.py", "liminal_edge.py", "contracts.json")
+log = logging.getLogger("liminal")
+
+
+################ Settings
+# One frozen dataclass, from the environment and data/env (NAME=value lines; the environment wins).
+# Nothing else in the project reads the environment.
+
+
+def setting(name: str, default, meaning: str):
+    return dataclasses.field(default=default, metadata={"name": name, "meaning": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a process was told. `values` holds every variable, for the providers' own keys, and is never printed."""
+
+    data: pathlib.Path = setting("LIMINAL_DATA", HERE / "data", "folder of databases, keys and logs")
+    domain_port: int = setting("LIMINAL_DOMAIN_PORT", 8766, "port of the Domain")
+    edge_port: int = setting("LIMINAL_EDGE_PORT", 8765, "port of the Edge")
+    domain_url: str = setting("LIMINAL_DOMAIN_URL", "", "where the Edge finds the Domain (default: this host, its port)")
+    url: str = setting("LIMINAL_URL", "", "where the CLI finds the Edge (default: this host, its port)")
+    host: str = setting("LIMINAL_HOST", "127.0.0.1", "address both servers listen on")
+    api_key: str = setting("LIMINAL_API_KEY", "", "key of the CLI (default: the one in data/cli.key)")
+    model: str = setting("LIMINAL_MODEL", "", "model where neither request nor thread names one, as provider/model")
+    context: int = setting("LIMINAL_CONTEXT", 100_000, "tokens that a prompt may hold, estimated at 3 bytes each")
+    mcp: pathlib.Path = setting("LIMINAL_MCP", None, "file that names the MCP servers (default: data/mcp.json)")
+    files_root: str = setting("LIMINAL_FILES_ROOT", str(HERE), "folders that file tools may read, joined by ':'")
+    queue_size: int = setting("LIMINAL_QUEUE_SIZE", 1_000, "database bundles that the Edge holds in memory")
+    provider_timeouts: str = setting("LIMINAL_PROVIDER_TIMEOUTS", "600,120", "seconds to a provider's first byte, and between two")
+    check_events: bool = setting("LIMINAL_CHECK_EVENTS", False, "1: check every event against the contract (for tests)")
+    edge_private_key: str = setting("EDGE_PRIVATE_KEY", "", "PEM text or path (default: data/edge_private_key.pem)")
+    edge_public_key: str = setting("EDGE_PUBLIC_KEY", "", "PEM text or path (default: data/edge_public_key.pem)")
+    anthropic_api_key: str = setting("ANTHROPIC_API_KEY", "", "key of the provider anthropic")
+    anthropic_base_url: str = setting("ANTHROPIC_BASE_URL", "https://api.anthropic.com", "address of the provider anthropic")
+    openai_api_key: str = setting("OPENAI_API_KEY", "", "key of the provider openai")
+    openai_base_url: str = setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "address of the provider openai")
+    ollama_host: str = setting("OLLAMA_HOST", "127.0.0.1:11434", "address of the provider ollama")
+    values: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    read_from: tuple = dataclasses.field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def load(cls) -> Settings:
+        """The settings as they stand now; SystemExit with one line where a value makes no sense."""
+        data = pathlib.Path(os.environ.get("LIMINAL_DATA") or HERE / "data").expanduser().resolve()
+        read_from = stamp(data / "env")
+        values = {**read_env(data / "env"), **os.environ, "LIMINAL_DATA": str(data)}
+        found = {"values": values, "read_from": read_from}
+        for field in dataclasses.fields(cls):
+            value = values.get(field.metadata.get("name"), "").strip()
+            if value:
+                found[field.name] = convert(field, value)
+        made = cls(**found)
+        missing = {"mcp": data / "mcp.json"} if made.mcp is None else {}
+        for name, port in (("domain_url", made.domain_port), ("url", made.edge_port)):
+            missing[name] = getattr(made, name).rstrip("/") or f"http://{listen_host(made.host)}:{port}"
+        return dataclasses.replace(made, **missing)
+
+    def fresh(self) -> Settings:
+        """These settings, or newly read ones when data/env has changed since (one stat, about 2 us)."""
+        return self if stamp(self.data / "env") == self.read_from else Settings.load()
+
+    @property
+    def instance(self) -> str:
+        """Which data folder this is, without telling its path."""
+        return hashlib.sha256(str(self.data).encode()).hexdigest()[:12]
+
+
+def convert(field, value: str):
+    """One variable's text as its field's type; a `Settings` annotation is text, since annotations are postponed here."""
+    try:
+        if field.type == "int":
+            number = int(value)
+            if not 0 < number < 1 << 31 or field.name.endswith("_port") and number > 65535:
+                raise ValueError(value)
+            return number
+        if field.type == "bool":
+            return value not in ("0", "false", "no")
+        if field.name == "provider_timeouts":
+            [float(part) for part in value.split(",", 1)][1]
+    except (ValueError, IndexError):
+        raise SystemExit(f"liminal: {field.metadata['name']}={value!r} makes no sense: {field.metadata['meaning']}") from None
+    return pathlib.Path(value).expanduser().resolve() if field.type == "pathlib.Path" else value
+
+
+def read_env(path: pathlib.Path) -> dict[str, str]:
+    """The NAME=value lines of a file, `#` begins a comment line, quotes around a value are taken off; {} without it."""
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        return {}
+    pairs = (line.removeprefix("export ").partition("=") for line in map(str.strip, lines) if line and line[0] != "#")
+    return {name.strip(): value.strip().strip("\"'") for name, sign, value in pairs if sign}
+
+
+def stamp(path: pathlib.Path) -> tuple:
+    """Changes whenever the file does."""
+    try:
+        seen = path.stat()
+        return seen.st_mtime_ns, seen.st_size, seen.st_ino
+    except FileNotFoundError:
+        return ()
+
+
+def listen_host(host: str) -> str:
+    """The address at which a server that listens on `host` is reached from its own machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+@functools.cache
+def version() -> str:
+    """A hash of the scripts and the contract as this process read them."""
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in SCRIPTS)).hexdigest()[:12]
+
+
+def now(later: float = 0) -> str:
+    """The time now, or so many seconds later: ISO 8601, UTC, milliseconds."""
+    seconds = time.time() + later
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}Z"
+
+
+def write_private(path: pathlib.Path, data: str) -> None:
+    """Write a file of mode 0600 whole or not at all: aside, synced, renamed."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(aside, path)
+
+
+################ Problem
+# One exception, raised anywhere, becomes the one error answer. Status and retriability of a code stand in contracts.json.
+
+
+class Problem(Exception):
+    """An error for the client: `code` is one of contracts.json's, `message` says what to do. `more`: field, message_ids.
+    `retry_after` (seconds) is what a provider asked for."""
+
+    def __init__(self, code: str, message: str, retry_after: float | None = None, **more):
+        super().__init__(message)
+        self.code, self.message, self.retry_after, self.more = code, message, retry_after, more
+
+    @property
+    def status(self) -> int:
+        return contract()["x-errors"][self.code]["status"]
+
+    def detail(self, request_id: str | None) -> dict:
+        """{code, message, request_id, retriable, field?, message_ids?}: what stands under "error" everywhere."""
+        retriable = contract()["x-errors"][self.code]["retriable"]
+        return {"code": self.code, "message": self.message, "request_id": request_id, "retriable": retriable, **self.more}
+
+
+################ JSON
+# Strict on the way in: what another parser might read differently, or SQLite cannot hold, is refused here, once.
+
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def parse_json(data: bytes):
+    """One JSON value out of UTF-8, or ValueError: no NaN, no duplicate keys, no lone surrogates, no integer past 63 bits."""
+    try:
+        value = json.loads(
+            data.decode(), object_pairs_hook=unique, parse_int=bounded, parse_float=finite, parse_constant=finite
+        )
+        encode_json(value).encode()
+        return value
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeError:
+        raise ValueError("it holds text that is not valid UTF-8") from None
+
+
+def unique(pairs: list) -> dict:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return made
+
+
+def bounded(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 63:
+        raise ValueError("it holds an integer of more than 63 bits")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    if "I" in text or "N" in text or abs(float(text)) == float("inf"):
+        raise ValueError(f"it holds the number {text[:20]}")
+    return float(text)
+
+
+################ The contract
+# contracts.json binds, checks and documents both servers. The checker knows the keywords that we use and refuses all
+# others at start, so that no rule is ever silently ignored. A schema is compiled once to closures: about 1 us an object.
+
+ANNOTATIONS = {"$schema", "$id", "$comment", "$defs", "title", "description", "default", "format", "examples", "deprecated"}
+
+
+@functools.cache
+def contract() -> dict:
+    return json.loads((HERE / "contracts.json").read_bytes())
+
+
+def faults(schema: dict | bool, value, root: dict | None = None) -> list[tuple[str, str]]:
+    """The first fault of a value as [(field, why)], or [] where it fits. ValueError for a schema that we cannot check."""
+    fault = Checker(schema if root is None else root).compile(schema)(value)
+    return [(".".join(map(str, fault[0])), fault[1])] if fault else []
+
+
+class Checker:
+    """Compiles the schemas of one document. A compiled check gives None, or (path, why) of the first fault."""
+
+    def __init__(self, root):
+        self.root, self.made = root, {}
+
+    def compile(self, schema):
+        if isinstance(schema, bool):
+            return (lambda value: None) if schema else (lambda value: ([], "is not allowed"))
+        if not isinstance(schema, dict):
+            raise ValueError(f"a schema is an object or a boolean, not {schema!r:.60}")
+        unknown = schema.keys() - RULES.keys() - ANNOTATIONS - {word for words in TOGETHER.values() for word in words}
+        if unknown:
+            raise ValueError(f"the checker does not know the keyword {sorted(unknown)[0]!r}")
+        for inner in schema.get("$defs", {}).values():
+            self.compile(inner)
+        leaders = {TOGETHER_WITH.get(word, word) for word in schema if word not in ANNOTATIONS}
+        checks = [RULES[word](self, schema) for word in RULES if word in leaders]
+        return checks[0] if len(checks) == 1 else lambda value: first(check(value) for check in checks)
+
+    def reference(self, schema):
+        """`$ref`: resolved at the first use, so that a schema may refer to itself."""
+        pointer = schema["$ref"]
+        self.resolve(pointer)
+
+        def check(value):
+            if pointer not in self.made:
+                self.made[pointer] = self.compile(self.resolve(pointer))
+            return self.made[pointer](value)
+
+        return check
+
+    def resolve(self, pointer: str):
+        if not pointer.startswith("#"):
+            raise ValueError(f"only references within the document are known, not {pointer!r}")
+        found = self.root
+        for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            try:
+                found = found[int(step)] if isinstance(found, list) else found[step]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise ValueError(f"{pointer!r} refers to nothing") from None
+        return found
+
+
+def first(results):
+    return next((result for result in results if result), None)
+
+
+def same(a, b) -> bool:
+    """Equality as JSON has it: 1 is 1.0, but true is not 1, at any depth."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return a == b
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+TYPES = {
+    "null": lambda value: value is None,
+    "boolean": lambda value: isinstance(value, bool),
+    "integer": lambda value: is_number(value) and (isinstance(value, int) or value.is_integer()),
+    "number": is_number,
+    "string": lambda value: isinstance(value, str),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+
+
+def rule_type(checker, schema):
+    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    tests, wanted = [TYPES[name] for name in names], " or ".join(names)
+    if len(tests) == 1:
+        return lambda value: None if tests[0](value) else ([], f"must be {wanted}, not {shown(value)}")
+    return lambda value: None if any(test(value) for test in tests) else ([], f"must be {wanted}, not {shown(value)}")
+
+
+def rule_const(checker, schema):
+    wanted = schema["const"]
+    return lambda value: None if same(value, wanted) else ([], f"must be {shown(wanted)}, not {shown(value)}")
+
+
+def rule_enum(checker, schema):
+    wanted = schema["enum"]
+    why = f"must be one of {', '.join(map(shown, wanted))}"
+    return lambda value: None if any(same(value, one) for one in wanted) else ([], f"{why}, not {shown(value)}")
+
+
+def rule_object(checker, schema):
+    """properties, required and additionalProperties in one pass over the object."""
+    known = {name: checker.compile(inner) for name, inner in schema.get("properties", {}).items()}
+    extra, required = schema.get("additionalProperties", True), schema.get("required", ())
+    other = checker.compile(extra)
+
+    def check(value):
+        if not isinstance(value, dict):
+            return None
+        for name in required:
+            if name not in value:
+                return [name], "is missing"
+        for name, inner in value.items():
+            if name not in known and extra is False:
+                return [name], "is not a known field" + (f"; known are {', '.join(known)}" if known else "")
+            fault = known.get(name, other)(inner)
+            if fault:
+                return [name, *fault[0]], fault[1]
+        return None
+
+    return check
+
+
+def rule_items(checker, schema):
+    item = checker.compile(schema["items"])
+
+    def check(value):
+        for place, inner in enumerate(value if isinstance(value, list) else ()):
+            fault = item(inner)
+            if fault:
+                return [place, *fault[0]], fault[1]
+        return None
+
+    return check
+
+
+def rule_unique(checker, schema):
+    def check(value):
+        if schema["uniqueItems"] and isinstance(value, list):
+            if any(same(a, b) for place, a in enumerate(value) for b in value[:place]):
+                return [], "must not hold the same item twice"
+        return None
+
+    return check
+
+
+def rule_pattern(checker, schema):
+    """Searched anywhere in the text, as ECMA 262 has it: `$` is the very end, never before a last line break."""
+    ecma = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", lambda m: r"\Z" if m[0] == "$" else m[0], schema["pattern"])
+    found = re.compile(ecma).search
+    return lambda value: (
+        ([], f"must match {schema['pattern'][:80]}, not {shown(value)}") if isinstance(value, str) and not found(value) else None
+    )
+
+
+def rule_bound(word, applies, fits, words):
+    """A limit by number: of a size (min/maxLength, min/maxItems) or of the value itself."""
+
+    def rule(checker, schema):
+        limit = schema[word]
+        return lambda value: ([], f"{words} {limit}") if applies(value) and not fits(value, limit) else None
+
+    return rule
+
+
+def rule_any(checker, schema):
+    inner = [checker.compile(one) for one in schema["anyOf"]]
+    return lambda value: deepest([check(value) for check in inner])
+
+
+def rule_one(checker, schema):
+    inner = [checker.compile(one) for one in schema["oneOf"]]
+
+    def check(value):
+        results = [check(value) for check in inner]
+        return ([], "fits more than one of its forms") if results.count(None) > 1 else deepest(results)
+
+    return check
+
+
+def deepest(results):
+    """None where one form fitted, else the fault of the form that came furthest: the one that was probably meant."""
+    return None if None in results else max(results, key=lambda fault: len(fault[0]))
+
+
+def rule_all(checker, schema):
+    inner = [checker.compile(one) for one in schema["allOf"]]
+    return lambda value: first(check(value) for check in inner)
+
+
+def rule_not(checker, schema):
+    inner = checker.compile(schema["not"])
+    return lambda value: None if inner(value) else ([], "has a form that is not allowed")
+
+
+def shown(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_list(value):
+    return isinstance(value, list)
+
+
+RULES = {
+    "$ref": Checker.reference,
+    "type": rule_type,
+    "const": rule_const,
+    "enum": rule_enum,
+    "properties": rule_object,
+    "items": rule_items,
+    "uniqueItems": rule_unique,
+    "pattern": rule_pattern,
+    "minLength": rule_bound("minLength", is_text, lambda v, limit: len(v) >= limit, "must not be shorter than"),
+    "maxLength": rule_bound("maxLength", is_text, lambda v, limit: len(v) <= limit, "must not be longer than"),
+    "minItems": rule_bound("minItems", is_list, lambda v, limit: len(v) >= limit, "must not have fewer items than"),
+    "maxItems": rule_bound("maxItems", is_list, lambda v, limit: len(v) <= limit, "must not have more items than"),
+    "minimum": rule_bound("minimum", is_number, lambda v, limit: v >= limit, "must be at least"),
+    "maximum": rule_bound("maximum", is_number, lambda v, limit: v <= limit, "must be at most"),
+    "exclusiveMinimum": rule_bound("exclusiveMinimum", is_number, lambda v, limit: v > limit, "must be more than"),
+    "exclusiveMaximum": rule_bound("exclusiveMaximum", is_number, lambda v, limit: v < limit, "must be less than"),
+    "oneOf": rule_one,
+    "anyOf": rule_any,
+    "allOf": rule_all,
+    "not": rule_not,
+}
+TOGETHER = {"properties": ("required", "additionalProperties")}
+TOGETHER_WITH = {word: leader for leader, words in TOGETHER.items() for word in words}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    name: str
+    where: str
+    required: bool
+    type: str | None
+    default: object
+    check: object
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of the contract, compiled: what a server binds a handler to and a client may rely on."""
+
+    id: str
+    method: str
+    path: str
+    security: dict[str, list[str]]
+    parameters: list[Parameter]
+    body: object
+    body_required: bool
+    status: int
+    replies: dict[int, object]
+
+
+@functools.cache
+def checker() -> Checker:
+    return Checker(contract())
+
+
+@functools.cache
+def schema_check(name: str):
+    return checker().compile(contract()["components"]["schemas"][name])
+
+
+@functools.cache
+def operations(tag: str) -> dict[str, Operation]:
+    """The contract's operations of one server by operationId; ValueError where a schema cannot be checked."""
+    for name in contract()["components"]["schemas"]:
+        schema_check(name)
+    found = {}
+    for path, methods in contract()["paths"].items():
+        for method, spec in methods.items():
+            if tag in spec["tags"]:
+                found[spec["operationId"]] = operation(method.upper(), path, spec)
+    return found
+
+
+def operation(method: str, path: str, spec: dict) -> Operation:
+    parameters = []
+    for given in spec.get("parameters", ()):
+        given = checker().resolve(given["$ref"]) if "$ref" in given else given
+        schema = checker().resolve(given["schema"]["$ref"]) if "$ref" in given["schema"] else given["schema"]
+        rest = given.get("required", False), schema.get("type"), schema.get("default"), checker().compile(schema)
+        parameters.append(Parameter(given["name"], given["in"], *rest))
+    replies = {int(code): json_check(reply) for code, reply in spec["responses"].items() if code.isdigit()}
+    return Operation(
+        id=spec["operationId"],
+        method=method,
+        path=path,
+        security={scheme: needed for one in spec["security"] for scheme, needed in one.items()},
+        parameters=parameters,
+        body=json_check(spec["requestBody"]) if "requestBody" in spec else None,
+        body_required=spec.get("requestBody", {}).get("required", False),
+        status=min(replies),
+        replies=replies,
+    )
+
+
+def json_check(part: dict):
+    content = part.get("content", {}).get("application/json")
+    return checker().compile(content["schema"]) if content else None
+
+
+def check(test, value, what: str) -> None:
+    """Raise where something of ours breaks the contract: a defect, loud on purpose."""
+    fault = test(value)
+    if fault:
+        raise Problem("internal", f"{what} breaks the contract: {'.'.join(map(str, fault[0])) or 'it'} {fault[1]}")
+
+
+def check_event(event: dict) -> None:
+    name = {"tool_call": "ToolCall", "tool_result": "ToolResult"}.get(event.get("type"), str(event.get("type")).capitalize())
+    if name + "Event" not in contract()["components"]["schemas"]:
+        raise Problem("internal", f"an event breaks the contract: there is no type {event.get('type')!r}")
+    check(schema_check(name + "Event"), event, f"the event {event['type']}")
+
+
+################ Positions
+# What a reply holds is counted in Unicode code points and tool events, never in tokens or bytes: so any two parties agree
+# on a place in it however it was cut into bundles. Three functions are the whole arithmetic.
+
+PARTS = ("text", "thinking", "tool_call", "tool_result")
+
+
+def size(event: dict) -> int:
+    """How far an event moves the position."""
+    kind = event["type"]
+    return len(event["text"]) if kind in ("text", "thinking") else 1 if kind in PARTS else 0
+
+
+def joined(events: list[dict]) -> list[dict]:
+    """The same content in as few events as there are parts: neighbours of one type become one text."""
+    made, texts = [], []
+    for event in events:
+        kind = event["type"]
+        if texts and made[-1]["type"] == kind:
+            texts.append(event["text"])
+            continue
+        if len(texts) > 1:
+            made[-1] = {"type": made[-1]["type"], "text": "".join(texts)}
+        texts = [event["text"]] if kind in ("text", "thinking") else []
+        made.append(event)
+    if len(texts) > 1:
+        made[-1] = {"type": made[-1]["type"], "text": "".join(texts)}
+    return made
+
+
+def cut(events: list[dict], count: int) -> list[dict]:
+    """The events without their first `count` positions, in the middle of a text if need be."""
+    for place, event in enumerate(events):
+        length = size(event)
+        if count < length or length == 0 and count == 0:
+            return [{**event, "text": event["text"][count:]}, *events[place + 1 :]] if count else events[place:]
+        count -= length
+    return []
+
+
+################ Server-Sent Events
+# One encoder (the Edge calls it) and one decoder without I/O (the Domain for providers, the CLI for the Edge).
+
+MAX_LINE = 16 << 20  # bytes; a longer line is no stream we know, and would only eat memory
+
+
+def sse(event: dict, position: int | None = None) -> bytes:
+    place = "" if position is None else f"id: {position}\n"
+    return f"event: {event['type']}\n{place}data: {encode_json(event)}\n\n".encode()
+
+
+class Decoder:
+    """Bytes in, (event, data, id) out, as the HTML specification has it, wherever the bytes are cut."""
+
+    def __init__(self):
+        self.tail, self.after_cr, self.begun = b"", False, False
+        self.event, self.data, self.id = "", [], ""
+
+    def feed(self, data: bytes) -> list[tuple[str, str, str]]:
+        if self.after_cr and data:
+            data, self.after_cr = data.removeprefix(b"\n"), False
+        if b"\r" in data:
+            self.after_cr = data.endswith(b"\r")
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self.tail = (self.tail + data).split(b"\n")
+        if len(self.tail) > MAX_LINE:
+            raise ValueError(f"a line of more than {MAX_LINE} bytes")
+        if lines and not self.begun:
+            self.begun, lines[0] = True, lines[0].removeprefix(b"\xef\xbb\xbf")
+        found = []
+        for line in lines:
+            if line:
+                self.field(line)
+                continue
+            if self.data:
+                found.append((self.event or "message", "\n".join(self.data), self.id))
+            self.event, self.data = "", []
+        return found
+
+    def field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        text = value.removeprefix(b" ").decode("utf-8", "replace")
+        if name == b"data":
+            self.data.append(text)
+        elif name == b"event":
+            self.event = text
+        elif name == b"id" and "\0" not in text:
+            self.id = text
+
+
+################ Serving
+# What both servers share: handlers bound by operationId, every request and JSON reply checked, one error shape, metrics.
+# aiohttp is imported inside: the CLI never pays for it.
+
+GRACE = 10  # seconds from SIGTERM to the end of a server
+
+
+class Metrics:
+    """Counters and histograms in Prometheus' text format. `declared`: name -> (help, bucket limits or None for a counter)."""
+
+    def __init__(self, declared: dict[str, tuple[str, tuple | None]]):
+        self.declared, self.counters, self.histograms, self.gauges = declared, {}, {}, {}
+        for name, (_, limits) in declared.items():
+            if limits:
+                self.histograms[name] = [0] * (len(limits) + 1) + [0.0]  # a count per bucket, and the sum
+
+    def count(self, name: str, n: float = 1, **labels: str) -> None:
+        key = name, tuple(labels.items())
+        self.counters[key] = self.counters.get(key, 0) + n
+
+    def observe(self, name: str, value: float) -> None:
+        counts = self.histograms[name]
+        limits = self.declared[name][1]
+        counts[next((place for place, limit in enumerate(limits) if value <= limit), len(limits))] += 1
+        counts[-1] += value
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.counters.get((name, tuple(labels.items())), 0)
+
+    def quantile(self, name: str, q: float) -> float | None:
+        """The upper limit of the bucket that holds this quantile; None where nothing was observed."""
+        *counts, _ = self.histograms[name]
+        seen, limits = 0, (*self.declared[name][1], float("inf"))
+        for limit, count in zip(limits, counts):
+            seen += count
+            if seen and seen >= q * sum(counts):
+                return limit if limit != float("inf") else self.declared[name][1][-1]
+        return None
+
+    def text(self) -> str:
+        lines = []
+        for name, (meaning, limits) in self.declared.items():
+            kind = "histogram" if limits else "gauge" if name in self.gauges else "counter"
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            if limits:
+                *counts, total = self.histograms[name]
+                for place, limit in enumerate((*limits, "+Inf")):
+                    lines.append(f'{name}_bucket{{le="{limit}"}} {sum(counts[: place + 1])}')
+                lines += [f"{name}_sum {total}", f"{name}_count {sum(counts)}"]
+            elif kind == "gauge":
+                lines.append(f"{name} {self.gauges[name]()}")
+            else:
+                found = {labels: n for (counter, labels), n in self.counters.items() if counter == name} or {(): 0}
+                for labels, n in found.items():
+                    inside = ",".join(f'{label}="{value}"' for label, value in labels)
+                    lines.append(f"{name}{{{inside}}} {n}" if inside else f"{name} {n}")
+        return "\n".join(lines) + "\n"
+
+
+class Call:
+    """One request as its handler sees it: who calls, what was asked, already checked."""
+
+    def __init__(self, request, operation: Operation):
+        self.request, self.operation = request, operation
+        self.request_id = re.sub(r"[^\w.-]", "", request.headers.get("x-request-id", ""))[:64] or str(uuid.uuid4())
+        self.user_id = self.key_id = self.user = None
+        self.arguments, self.body = {}, None
+
+
+def make_application(tag: str, handlers: dict, authenticate, settings: Settings, metrics: Metrics):
+    """An aiohttp application with a handler bound to each of the contract's operations of one server, by operationId.
+    `authenticate(call)` raises or fills in the caller. SystemExit where contract and handlers differ, in either direction."""
+    from aiohttp import web
+
+    try:
+        known = operations(tag)
+    except (ValueError, KeyError, TypeError, re.error) as fault:
+        raise SystemExit(f"liminal: contracts.json: {fault}") from None
+    if known.keys() != handlers.keys():
+        missing, extra = sorted(known.keys() - handlers.keys()), sorted(handlers.keys() - known.keys())
+        raise SystemExit(f"liminal: contract and {tag} differ: without a handler {missing}, without an operation {extra}")
+    names = own_names(settings)
+
+    @web.middleware
+    async def answer_problems(request, handler):
+        request["id"] = None
+        try:
+            refuse_strangers(request, names)
+            return await handler(request)
+        except Problem as problem:
+            fault = problem
+        except web.HTTPException as error:
+            codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+            fault = Problem(codes.get(error.status, "invalid_request"), http_words(error.status, request))
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            fault = Problem("internal", "an error of our own; the server's log tells more")
+        metrics.count("liminal_errors_total", code=fault.code)
+        headers = {} if fault.retry_after is None else {"Retry-After": str(int(fault.retry_after + 0.999))}
+        body = {"error": fault.detail(request["id"] or str(uuid.uuid4()))}
+        return web.json_response(text=encode_json(body), status=fault.status, headers=headers)
+
+    app = web.Application(client_max_size=contract()["x-limits"]["body_bytes"], middlewares=[answer_problems])
+    for name, handler in handlers.items():
+        app.router.add_route(known[name].method, known[name].path, bound(known[name], handler, authenticate))
+    return app
+
+
+def bound(operation: Operation, handler, authenticate):
+    """The request handler of one operation: authenticate, check, call, check the reply."""
+    from aiohttp import web
+
+    async def handle(request):
+        call = Call(request, operation)
+        request["id"] = call.request_id
+        if operation.security:
+            await authenticate(call)
+        call.arguments = {given.name: argument(given, request) for given in operation.parameters}
+        call.user_id = call.arguments.get("x-user-id", call.user_id)
+        if operation.body:
+            call.body = await read_body(request, operation)
+        result = await handler(call)
+        if isinstance(result, web.StreamResponse):
+            return result
+        status, value = result if isinstance(result, tuple) else (operation.status, result)
+        if operation.replies[status] is None:
+            return web.Response(status=status)
+        check(operation.replies[status], value, f"the reply of {operation.id}")
+        return web.json_response(text=encode_json(value), status=status)
+
+    return handle
+
+
+def argument(given: Parameter, request):
+    """One parameter of a request, as its type and checked; its default where it is not given."""
+    source = {"path": request.match_info, "query": request.query, "header": request.headers}[given.where]
+    if given.name not in source:
+        if given.required:
+            raise Problem("invalid_request", f"{given.name} is missing", field=given.name)
+        return given.default
+    text = source[given.name]
+    try:
+        value = bounded(text) if given.type == "integer" else text
+    except ValueError:
+        value = text
+    fault = given.check(value)
+    if fault:
+        raise Problem("invalid_request", f"{given.name} {fault[1]}", field=given.name)
+    return value
+
+
+async def read_body(request, operation: Operation):
+    data = await request.read()
+    if not data and not operation.body_required:
+        return {}
+    try:
+        body = parse_json(data)
+    except ValueError as fault:
+        raise Problem("invalid_request", f"the body is not JSON that can be taken: {fault}") from None
+    fault = operation.body(body)
+    if fault:
+        field = ".".join(map(str, fault[0]))
+        raise Problem("invalid_request", f"{field or 'the body'} {fault[1]}", field=field)
+    return body
+
+
+def own_names(settings: Settings) -> set[str]:
+    urls = (settings.url, settings.domain_url)
+    return {"localhost", "127.0.0.1", "::1", settings.host, *(urllib.parse.urlsplit(url).hostname or "" for url in urls)}
+
+
+def refuse_strangers(request, names: set[str]) -> None:
+    """A web page must not reach us through a name of its own (DNS rebinding) or from another origin."""
+    host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+    try:
+        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        name = ""
+    wildcard = names & {"0.0.0.0", "::"} and re.fullmatch(r"[\d.]+|[\da-f:]+", name)
+    if name not in names and not wildcard:
+        raise Problem("forbidden", f"this server does not go by the name {host[:100]!r}; set LIMINAL_URL to add it")
+    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+        raise Problem("forbidden", f"requests from the origin {origin[:100]!r} are not taken")
+
+
+def http_words(status: int, request) -> str:
+    limit = contract()["x-limits"]["body_bytes"]
+    words = {413: f"the body is larger than the limit of {limit} bytes", 405: f"{request.path} does not take {request.method}"}
+    return words.get(status, f"there is no {request.method} {request.path}; see /contracts.json")
+
+
+def lock(settings: Settings, name: str) -> int:
+    """Hold this server's part of the data folder for as long as the process lives; SystemExit where another holds it."""
+    settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = os.open(settings.data / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"liminal: process {os.read(held, 20).decode()} already is the {name} of {settings.data}") from None
+    os.truncate(held, 0)
+    os.write(held, str(os.getpid()).encode())
+    return held
+
+
+def serve(name: str, make_app) -> None:
+    """Run one server in the foreground until SIGTERM or SIGINT. `make_app(settings)` is awaited for the application."""
+    import asyncio
+
+    os.umask(0o077)
+    settings = Settings.load()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    try:
+        held = lock(settings, name)
+    except OSError as error:
+        raise SystemExit(f"liminal: the data folder {settings.data} cannot be used: {error.strerror}") from None
+    asyncio.run(listen(name, getattr(settings, f"{name}_port"), settings, make_app))
+    os.close(held)
+
+
+async def listen(name: str, port: int, settings: Settings, make_app) -> None:
+    import asyncio
+
+    from aiohttp import web
+
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    runner = web.AppRunner(await make_app(settings), access_log=None, shutdown_timeout=GRACE / 2)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, settings.host, port, backlog=2048).start()
+        except OSError as error:
+            hint = f"set LIMINAL_{name.upper()}_PORT or LIMINAL_HOST"
+            raise SystemExit(f"liminal: the {name} cannot listen on {settings.host}:{port} ({error.strerror}); {hint}") from None
+        print(f"liminal {name} ready on http://{listen_host(settings.host)}:{port}", flush=True)
+        await stopped.wait()
+    finally:
+        loop.call_later(GRACE, os._exit, 1)  # whatever still hangs by then is given up: what is acknowledged is on disk
+        await runner.cleanup()
+
+
+################ The client
+# http.client and the Decoder: a reply is read over as many connections as it takes, from where the last one ended.
+
+SILENCE = 45  # seconds without a byte (the Edge pings every 15) after which a connection counts as lost
+PATIENCE = 30  # seconds for which a lost server is looked for
+
+
+class Lost(Exception):
+    """The connection broke, at its opening or later."""
+
+
+class Unreachable(Exception):
+    """No server answers; the text says what to do. Exit status 3."""
+
+
+class Client:
+    """The Edge's API as the commands use it. Problem where it refuses, Unreachable where nobody answers."""
+
+    def __init__(self, settings: Settings):
+        self.settings, self.base = settings, urllib.parse.urlsplit(settings.url)
+        self.connection = None
+
+    @functools.cached_property
+    def key(self) -> str:
+        path = self.settings.data / "cli.key"
+        try:
+            return self.settings.api_key or path.read_text().strip()
+        except OSError as error:
+            raise Problem("unauthorized", f"no key: LIMINAL_API_KEY is not set and {path} cannot be read ({error.strerror})")
+
+    def send(self, method: str, path: str, body=None, headers: dict | None = None):
+        """One request on the kept connection; a connection that went stale in between is opened anew, once, for a GET."""
+        import http.client
+
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        if path.startswith("/api/"):
+            headers["Authorization"] = f"Bearer {self.key}"
+        data = None if body is None else encode_json(body).encode()
+        for attempt in (1, 2):
+            fresh = self.connection is None
+            if fresh:
+                kind = http.client.HTTPSConnection if self.base.scheme == "https" else http.client.HTTPConnection
+                self.connection = kind(self.base.hostname, self.base.port, timeout=SILENCE)
+            try:
+                self.connection.request(method, self.base.path + path, data, headers)
+                return self.connection.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if fresh or "Idempotency-Key" not in headers and method != "GET":
+                    raise Lost(str(error) or type(error).__name__) from None
+
+    def receive(self, read, *args) -> bytes:
+        import http.client
+
+        try:
+            return read(*args)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise Lost(str(error) or type(error).__name__) from None
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def ask(self, method: str, path: str, body=None, headers: dict | None = None):
+        """The parsed answer of a JSON operation, None where it has no body."""
+        try:
+            response = self.send(method, path, body, headers)
+            data = self.receive(response.read)
+        except Lost as error:
+            raise Unreachable(f"{self.settings.url} does not answer ({error}): `liminal up` starts it") from None
+        if response.status >= 400:
+            raise refused(response.status, data)
+        return json.loads(data) if data else None
+
+    def stream(self, method: str, path: str, body=None, position: int | None = None):
+        """The events of one reply to its `done`, whatever happens to the connection; a note on standard error says so."""
+        headers, message_id, lost_at = {"Idempotency-Key": str(uuid.uuid4())}, None, None
+        while True:
+            try:
+                for event, place in self.read_stream(method, path, body, headers):
+                    lost_at = None
+                    if event["type"] == "start":
+                        if message_id:
+                            continue
+                        message_id = event["message_id"]
+                    position = place or position
+                    yield event
+                    if event["type"] == "done":
+                        return
+            except Lost as error:
+                log.debug("lost the stream: %r", error)
+            except Problem as problem:
+                if lost_at is None or problem.code != "domain_unavailable":
+                    raise
+            self.close()
+            self.wait_for_server(lost_at)
+            lost_at = lost_at or time.monotonic()
+            if message_id:
+                method, path, body = "GET", f"/api/v1/messages/{message_id}/stream", None
+                headers = {} if position is None else {"Last-Event-ID": str(position)}
+
+    def read_stream(self, method: str, path: str, body, headers: dict):
+        response = self.send(method, path, body, {**headers, "Accept": "text/event-stream"})
+        if response.status >= 400:
+            raise refused(response.status, self.receive(response.read))
+        decoder = Decoder()
+        while data := self.receive(response.read1, 65536):
+            for _, text, place in decoder.feed(data):
+                yield json.loads(text), place
+
+    def wait_for_server(self, lost_at: float | None) -> None:
+        if lost_at is None:
+            note("the connection was lost; the reply goes on, reconnecting ...")
+        elif time.monotonic() - lost_at > PATIENCE:
+            raise Unreachable(f"{self.settings.url} does not answer; nothing is lost: `liminal chat -c` attaches again")
+        else:
+            time.sleep(min(2, 0.1 + (time.monotonic() - lost_at) / 4))
+
+
+def refused(status: int, data: bytes) -> Exception:
+    try:
+        error = json.loads(data)["error"]
+        return Problem(error["code"], error["message"])
+    except (ValueError, KeyError, TypeError):
+        return Unreachable(f"what answers there is not Liminal (status {status}); see LIMINAL_URL and LIMINAL_EDGE_PORT")
+
+
+################ Starting and stopping the servers
+# Each in its own session, so that a closed terminal never reaches them; the lock tells who runs, even after a kill -9.
+
+
+def holder(settings: Settings, name: str) -> int | None:
+    """The process that holds a server's lock, None where it does not run."""
+    try:
+        with open(settings.data / f"{name}.lock") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                return int(file.read() or 0) or None
+    except OSError:
+        return None
+
+
+def start_servers(settings: Settings) -> None:
+    """Start what does not run, and wait until both are well; Unreachable with the log's last line where one is not."""
+    settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in ("domain", "edge"):
+        if not holder(settings, name):
+            path = settings.data / f"{name}.log"
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as out:
+                command = [sys.executable, str(HERE / f"liminal_{name}.py")]
+                quiet = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": HERE, "start_new_session": True}
+                process = subprocess.Popen(command, **quiet)
+            wait_until_well(settings, name, process, path)
+
+
+def wait_until_well(settings: Settings, name: str, process, path: pathlib.Path) -> None:
+    port = settings.domain_port if name == "domain" else settings.edge_port
+    probe = Client(dataclasses.replace(settings, url=f"http://{listen_host(settings.host)}:{port}"))
+    deadline = time.monotonic() + 15
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(Unreachable, Problem):
+            if probe.ask("GET", "/health")["instance"] == settings.instance:
+                return
+        time.sleep(0.02)
+    if not holder(settings, name):  # another start may have been faster, and then all is well
+        last = path.read_text().strip().splitlines() or ["it says nothing"]
+        raise Unreachable(f"the {name} does not start: {last[-1]} (more in {path})")
+
+
+def stop_server(settings: Settings, name: str) -> bool:
+    """Stop one server, whether it was started in the background or not; False where it did not run."""
+    pid = holder(settings, name)
+    if not pid:
+        return False
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE + 2
+    while holder(settings, name):
+        if time.monotonic() > deadline:
+            raise Problem("internal", f"process {pid}, the {name}, does not stop: `kill -9 {pid}` loses nothing acknowledged")
+        time.sleep(0.02)
+    return True
+
+
+def connect(settings: Settings) -> Client:
+    """A client of running servers: they are started where nothing answers at the default address. Says so when they are
+    older than the files, or belong to another data folder."""
+    client = Client(settings)
+    try:
+        health = client.ask("GET", "/health")
+    except Unreachable:
+        if "LIMINAL_URL" in settings.values:
+            raise
+        note("starting Liminal ...")
+        start_servers(settings)
+        health = client.ask("GET", "/health")
+    if not isinstance(health, dict) or "instance" not in health:
+        raise Unreachable(f"what answers at {settings.url} is not Liminal: set LIMINAL_EDGE_PORT to a free port")
+    if "LIMINAL_URL" in settings.values:
+        return client
+    if health["instance"] != settings.instance:
+        note(f"the servers at {settings.url} belong to another data folder than {settings.data}: set LIMINAL_EDGE_PORT")
+    elif health["version"] != version():
+        note("the running servers are older than the files: `liminal down` and `liminal up` renew them")
+    elif health["domain"] != "ok":
+        start_servers(settings)
+    return client
+
+
+################ Showing
+# The reply goes to standard output and nothing else does; every note goes to standard error. On a terminal nothing that a
+# model says can be a control sequence, and bundles are smoothed to a steady hand.
+
+STEP, SPREAD = 0.015, 0.12  # seconds between two strokes of the typewriter; within which a bundle is written
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal cannot take for a command: control characters, C1 and bidi overrides are made visible."""
+    return UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text)
+
+
+def coloured(file) -> bool:
+    return file.isatty() and not os.environ.get("NO_COLOR")
+
+
+def note(text: str) -> None:
+    text = printable(text)
+    print(f"\x1b[2m{text}\x1b[0m" if coloured(sys.stderr) else text, file=sys.stderr, flush=True)
+
+
+def say(text: str, end: str = "\n") -> None:
+    print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
+def smooth(events):
+    """The events, with each text cut into strokes so that it appears steadily, never more than SPREAD behind the stream."""
+    inbox, held, due, ended = queue.SimpleQueue(), "", 0.0, False
+    threading.Thread(target=pump, args=(events, inbox), daemon=True).start()
+    while not ended or held:
+        try:
+            item = inbox.get(timeout=STEP if held else None) if not ended else time.sleep(STEP)
+        except queue.Empty:
+            item = None
+        if isinstance(item, dict) and item["type"] == "text":
+            held, due = held + item["text"], time.monotonic() + SPREAD
+        elif item is not None:
+            if held:
+                yield {"type": "text", "text": held}
+                held = ""
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+            ended = item["type"] == "done"
+        if held:
+            count = max(1, int(len(held) * STEP / max(STEP, due - time.monotonic())))
+            yield {"type": "text", "text": held[:count]}
+            held = held[count:]
+
+
+def pump(events, inbox) -> None:
+    try:
+        for event in events:
+            inbox.put(event)
+    except BaseException as error:
+        inbox.put(error)
+
+
+def show(client: Client, events) -> dict:
+    """Print a reply as it comes; returns its `done`. Ctrl-C cancels it, on the server too, and shows the receipt."""
+    terminal, message_id, column = sys.stdout.isatty(), None, ""
+    try:
+        for event in smooth(events) if terminal else events:
+            if event["type"] == "start":
+                message_id = event["message_id"]
+            elif event["type"] == "text":
+                say(event["text"], end="")
+                column = event["text"][-1]
+            elif event["type"] == "done":
+                if column not in ("", "\n"):
+                    say("")
+                if event["error"]:
+                    note(f"{event['error']['message']} ({event['error']['code']})")
+                elif event["status"] == "cancelled":
+                    note("this reply was cancelled")
+                elif event["stop_reason"] == "max_tokens":
+                    note("cut off at the limit of tokens (max_tokens)")
+                return event
+    except KeyboardInterrupt:
+        if column not in ("", "\n"):
+            say("")
+        if message_id is None:
+            raise
+        receipt = Client(client.settings).ask("POST", f"/api/v1/messages/{message_id}/cancel")
+        client.close()
+        kept = f"{receipt['position']} characters kept" if receipt["position"] else "nothing had come"
+        note(f"{'stopped' if receipt['status'] == 'cancelled' else receipt['status']}: {kept}, message {message_id[:8]}")
+        return {"type": "done", **receipt, "error": None}
+    raise Unreachable("the stream ended without an end")
+
+
+def table(rows: list[tuple]) -> None:
+    """Rows in columns; the last one takes what it needs."""
+    widths = [max(len(str(row[place])) for row in rows) for place in range(len(rows[0]))] if rows else []
+    for row in rows:
+        say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def usage_words(usage: dict | None) -> str:
+    if not usage:
+        return "no usage"
+    about = "about " if usage["estimated"] else ""
+    cost = "" if usage["cost"] is None else f", ${usage['cost']:.4f}"
+    return f"{about}{usage['input_tokens']} tokens in ({usage['cached_tokens']} cached), {usage['output_tokens']} out{cost}"
+
+
+################ Commands
+# One table, one short function each. `@command` adds a row: name, what it does, an example, its arguments.
+
+COMMANDS = {}
+
+
+def command(name: str, meaning: str, example: str, *arguments):
+    def add(fn):
+        COMMANDS[name] = (fn, meaning, example, arguments)
+        return fn
+
+    return add
+
+
+def arg(*names, **options):
+    return names, options
+
+
+@command(
+    "chat",
+    "send a message and read the reply; without one, talk on",
+    'liminal chat "why is the sky blue?"',
+    arg("message", nargs="*", help="the message; standard input, where it is piped, comes before it"),
+    arg("-m", "--model", help="provider/model (see `liminal models`)"),
+    arg("-s", "--system", help="the system text of a new thread, or of this one reply"),
+    arg("-c", "--continue", dest="again", action="store_true", help="go on with the newest thread"),
+    arg("-t", "--thread", help="go on with this thread (an id, or 4 or more of its first characters)"),
+)
+def chat(settings: Settings, options) -> int:
+    piped = "" if sys.stdin.isatty() else sys.stdin.read()
+    content = "\n\n".join(part for part in (piped.strip("\n"), " ".join(options.message)) if part)
+    if not content.strip() and not sys.stdin.isatty():
+        raise Problem("invalid_request", "there is nothing to send: give a message or pipe one in")
+    client = connect(settings)
+    tell_unseen_keys(client)
+    thread_id = options.thread and client.ask("GET", f"/api/v1/threads/{quote(options.thread)}")["id"]
+    if options.again and not thread_id:
+        threads = client.ask("GET", "/api/v1/threads?limit=1")["threads"]
+        thread_id = threads[0]["id"] if threads else None
+        if threads and not content:
+            show_last_turn(client, thread_id)
+    fields = {"model": options.model, "system": options.system, "thread_id": thread_id}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if content:
+        done = send(client, content, fields)[0]
+        return 130 if done["status"] == "cancelled" else 1 if done["error"] else 0
+    return talk(client, fields)
+
+
+def send(client: Client, content: str, fields: dict) -> tuple[dict, str | None]:
+    """Send a message and show its reply: (its `done`, the thread's id). A reply that still runs there is shown first."""
+    thread_id = fields.get("thread_id")
+    if thread_id:
+        attach_running(client, thread_id)
+    started = {}
+
+    def events():
+        for event in client.stream("POST", "/api/v1/messages", {"content": content, **fields}):
+            if event["type"] == "start":
+                started.update(event)
+            yield event
+
+    return show(client, events()), started.get("thread_id", thread_id)
+
+
+def attach_running(client: Client, thread_id: str) -> None:
+    for run in client.ask("GET", "/api/v1/runs")["runs"]:
+        if run["thread_id"] == thread_id:
+            note("a reply is still being generated in this thread; here it is")
+            show(client, client.stream("GET", f"/api/v1/messages/{run['message_id']}/stream"))
+
+
+def show_last_turn(client: Client, thread_id: str) -> None:
+    messages = all_messages(client, thread_id)
+    asked = [message for message in messages if message["role"] == "user"][-1:]
+    replies = [message for message in messages if asked and message["parent_id"] == asked[0]["id"]]
+    for message in asked + replies:
+        note(headline(message))
+        if message["status"] in ("pending", "streaming"):
+            show(client, client.stream("GET", f"/api/v1/messages/{message['id']}/stream"))
+        else:
+            say(message["content"].rstrip("\n"))
+
+
+def talk(client: Client, fields: dict) -> int:
+    """The interactive chat: one message after another in one thread, until the end of input."""
+    try:
+        import readline  # noqa: F401  (line editing, and a pasted block stays one message)
+    except ImportError:
+        pass
+    note("Ctrl-C stops a reply, Ctrl-D leaves")
+    while True:
+        try:
+            content = read_message()
+        except (EOFError, KeyboardInterrupt):
+            say("")
+            return 0
+        if not content.strip():
+            continue
+        try:
+            _, fields["thread_id"] = send(client, content, fields)
+            fields = {"thread_id": fields["thread_id"], **({"model": fields["model"]} if "model" in fields else {})}
+        except KeyboardInterrupt:
+            client.close()
+        except Problem as problem:
+            note(f"{problem.message} ({problem.code})")
+
+
+def read_message() -> str:
+    """One message from the terminal: a line, or a whole block where more of it is already there, since it was pasted."""
+    block = [input("> ")]
+    while select.select([sys.stdin], [], [], 0.03)[0]:
+        block.append(input())
+    return "\n".join(block)
+
+
+def tell_unseen_keys(client: Client) -> None:
+    """A key that stands in this terminal's environment is no use to servers that were started without it."""
+    if not any(os.environ.get(name) for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY")):
+        return
+    for provider in client.ask("GET", "/api/v1/providers")["providers"]:
+        name = provider["key_env"]
+        if name and os.environ.get(name) and not provider["key_set"]:
+            mend = f"`liminal down` and `liminal up`, or `liminal providers key {provider['name']}`"
+            note(f"{name} is set here, but the running servers do not have it: {mend}")
+
+
+def quote(text: str) -> str:
+    return urllib.parse.quote(text, safe="")
+
+
+def all_messages(client: Client, thread_id: str) -> list[dict]:
+    found, after = [], 0
+    while True:
+        page = client.ask("GET", f"/api/v1/threads/{quote(thread_id)}/messages?limit=1000&after={after}")["messages"]
+        found += page
+        if len(page) < 1000:
+            return found
+        after = page[-1]["number"]
+
+
+def headline(message: dict) -> str:
+    who = "you" if message["role"] == "user" else message["model"]
+    state = "" if message["status"] == "complete" else f" · {message['status']}"
+    reactions = "".join(f" {one['emoji']}{one['count'] if one['count'] > 1 else ''}" for one in message["reactions"])
+    return f"── {who} · {local_time(message['created_at'])} · {message['id'][:8]}{state}{reactions}"
+
+
+def local_time(text: str) -> str:
+    import calendar
+
+    seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+@command("threads", "list your threads, newest first", "liminal threads", arg("-n", type=int, default=20, help="how many"))
+def threads(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", f"/api/v1/threads?limit={options.n}")["threads"]
+    table([(thread["id"][:8], local_time(thread["updated_at"]), thread["title"] or "(untitled)") for thread in found])
+    return 0
+
+
+@command(
+    "show",
+    "print a thread, with its usage and cost at the end",
+    "liminal show 3f2a",
+    arg("thread", nargs="?", help="an id or its first characters; without one, the newest thread"),
+)
+def show_thread(settings: Settings, options) -> int:
+    client = connect(settings)
+    if options.thread:
+        thread = client.ask("GET", f"/api/v1/threads/{quote(options.thread)}")
+    else:
+        newest = client.ask("GET", "/api/v1/threads?limit=1")["threads"]
+        if not newest:
+            raise Problem("not_found", 'there is no thread yet: `liminal chat "hello"` begins one')
+        thread = newest[0]
+    say(f"# {thread['title'] or '(untitled)'}  ({thread['id'][:8]})")
+    messages = all_messages(client, thread["id"])
+    for message in messages:
+        say(f"\n{headline(message)}")
+        say(message["content"].rstrip("\n"))
+        if message["error"]:
+            say(f"[{message['error']['message']}]")
+    told = [message["usage"] for message in messages if message["usage"]]
+    costs = [usage["cost"] for usage in told if usage["cost"] is not None]
+    total = {name: sum(usage[name] for usage in told) for name in ("input_tokens", "cached_tokens", "output_tokens")}
+    total |= {"cost": sum(costs) if costs else None, "estimated": any(usage["estimated"] for usage in told)}
+    say(f"\n{usage_words(total)}")
+    return 0
+
+
+@command(
+    "react",
+    "react to a message with an emoji, or take it back",
+    "liminal react 7be1 👍",
+    arg("message", help="an id or its first characters (see `liminal show`)"),
+    arg("emoji", help="one emoji, or :name:"),
+    arg("--remove", action="store_true", help="take the reaction back"),
+)
+def react(settings: Settings, options) -> int:
+    client, path = connect(settings), f"/api/v1/messages/{quote(options.message)}/reactions"
+    if options.remove:
+        found = client.ask("DELETE", f"{path}/{quote(options.emoji)}")
+    else:
+        found = client.ask("POST", path, {"emoji": options.emoji})
+    say("  ".join(f"{one['emoji']} {one['count']}" for one in found["reactions"]) or "no reactions")
+    return 0
+
+
+@command("models", "list what can be used now, and why not where it cannot", "liminal models")
+def models(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", "/api/v1/models")["models"]
+    table([("*" if one["default"] else " ", one["id"], "" if one["available"] else f"no: {one['why']}") for one in found])
+    return 0
+
+
+@command(
+    "keys",
+    "list, create or revoke API keys",
+    'liminal keys create "my phone"',
+    arg("action", nargs="?", choices=["list", "create", "revoke"], default="list"),
+    arg("name", nargs="?", help="the new key's name, or the id of the one to revoke"),
+    arg("--user", help="make the key for this user's id (owners only)"),
+)
+def keys(settings: Settings, options) -> int:
+    client = connect(settings)
+    if options.action == "list":
+        found = client.ask("GET", "/api/v1/keys")["keys"]
+        table([(one["id"][:8], one["prefix"] + "...", one["name"], one["last_used_at"] or "never used") for one in found])
+        return 0
+    if not options.name:
+        raise Problem("invalid_request", f"`liminal keys {options.action}` needs a name or an id")
+    if options.action == "create":
+        made = client.ask("POST", "/api/v1/keys", {"name": options.name, **({"user_id": options.user} if options.user else {})})
+        note("this is shown once; LIMINAL_API_KEY takes it")
+        say(made["secret"])
+        return 0
+    listed = [one["id"] for one in client.ask("GET", "/api/v1/keys")["keys"] if one["id"].startswith(options.name)]
+    gone = client.ask("DELETE", f"/api/v1/keys/{quote(listed[0] if len(listed) == 1 else options.name)}")
+    say(f"revoked {gone['name']} ({gone['prefix']}...)")
+    return 0
+
+
+@command(
+    "users",
+    "list, create or delete users (owners only)",
+    "liminal users create ada",
+    arg("action", nargs="?", choices=["list", "create", "delete"], default="list"),
+    arg("name", nargs="?", help="the new user's name, or the id of the one to delete"),
+)
+def users(settings: Settings, options) -> int:
+    client = connect(settings)
+    if options.action == "list":
+        found = client.ask("GET", "/api/v1/users")["users"]
+        table([(one["id"][:8], one["role"], one["name"]) for one in found])
+    elif not options.name:
+        raise Problem("invalid_request", f"`liminal users {options.action}` needs a name or an id")
+    elif options.action == "create":
+        made = client.ask("POST", "/api/v1/users", {"name": options.name})
+        say(f"{made['id']}  {made['name']}")
+        note(f"now give them a key: `liminal keys create NAME --user {made['id'][:8]}`")
+    else:
+        client.ask("DELETE", f"/api/v1/users/{quote(options.name)}")
+        say("deleted")
+    return 0
+
+
+@command(
+    "providers",
+    "list, add or delete providers, or give one its key",
+    "liminal providers key anthropic",
+    arg("action", nargs="?", choices=["list", "add", "delete", "key"], default="list"),
+    arg("name", nargs="?", help="the provider's name"),
+    arg("--kind", choices=["anthropic", "openai", "demo"], default="openai", help="how it is spoken to"),
+    arg("--base-url", help="its address, as in https://openrouter.ai/api/v1"),
+    arg("--key-env", help="the variable that holds its key, as in OPENROUTER_API_KEY"),
+    arg("--model", action="append", help="a model of it, the default one first (repeatable)"),
+)
+def providers(settings: Settings, options) -> int:
+    client = connect(settings)
+    if options.action == "list":
+        found = client.ask("GET", "/api/v1/providers")["providers"]
+        rows = [(one["name"], one["kind"], one["key_env"] or "-", "set" if one["key_set"] else "-") for one in found]
+        table([(*row, one["base_url"] or "-") for row, one in zip(rows, found)])
+    elif not options.name:
+        raise Problem("invalid_request", f"`liminal providers {options.action}` needs the provider's name")
+    elif options.action == "add":
+        fields = {"kind": options.kind, "base_url": options.base_url, "key_env": options.key_env, "models": options.model}
+        made = client.ask("PUT", f"/api/v1/providers/{quote(options.name)}", fields)
+        say(f"{made['name']} is there: use it as {made['name']}/MODEL")
+        if made["key_env"] and not made["key_set"]:
+            note(f"now give it its key: `liminal providers key {made['name']}`")
+    elif options.action == "delete":
+        client.ask("DELETE", f"/api/v1/providers/{quote(options.name)}")
+        say("deleted")
+    else:
+        set_key(client, options.name)
+    return 0
+
+
+def set_key(client: Client, name: str) -> None:
+    """Ask for a provider's key without echo and write it to data/env, which the Domain reads again by itself."""
+    import getpass
+
+    known = {one["name"]: one for one in client.ask("GET", "/api/v1/providers")["providers"]}
+    variable = known.get(name, {}).get("key_env")
+    if not variable:
+        takers = ", ".join(one["name"] for one in known.values() if one["key_env"])
+        raise Problem("invalid_request", f"{name} takes no key; these do: {takers}")
+    secret = getpass.getpass(f"{variable}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    secret = secret.strip()
+    if not secret or not secret.isprintable() or set(secret) & set(" \"'#"):
+        raise Problem("invalid_request", "that is no key: nothing was changed")
+    path = client.settings.data / "env"
+    kept = [line for line in path.read_text().splitlines() if variable_of(line) != variable] if path.exists() else []
+    write_private(path, "\n".join([*kept, f"{variable}={secret}"]) + "\n")
+    say(f"{variable} is in {path}; the next message uses it")
+    if os.environ.get(variable, secret) != secret:
+        note(f"another {variable} stands in this environment, and wins in servers that are started from it")
+
+
+def variable_of(line: str) -> str:
+    return line.strip().removeprefix("export ").partition("=")[0].strip()
+
+
+@command("up", "start both servers in the background", "liminal up")
+def up(settings: Settings, options) -> int:
+    start_servers(settings)
+    connect(settings)
+    say(f"Liminal is up at {settings.url}")
+    return 0
+
+
+@command("down", "stop both servers, the Edge first; nothing is lost", "liminal down")
+def down(settings: Settings, options) -> int:
+    stopped = [name for name in ("edge", "domain") if stop_server(settings, name)]
+    say(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
+    return 0
+
+
+@command("status", "what runs, where, and which version", "liminal status")
+def status(settings: Settings, options) -> int:
+    rows, well = [("data", settings.data)], True
+    for name, url in (("domain", settings.domain_url), ("edge", settings.url)):
+        try:
+            seen = Client(dataclasses.replace(settings, url=url)).ask("GET", "/health")
+            age = "" if seen["version"] == version() else ", older than the files: `liminal down` and `liminal up`"
+            other = "" if seen["instance"] == settings.instance else ", of another data folder"
+            process = holder(settings, name)
+            rows.append((name, f"well at {url}" + (f", process {process}" if process else "") + f", version {seen['version']}{age}{other}"))
+        except (Unreachable, Problem, KeyError, TypeError):
+            well = False
+            rows.append((name, f"not running at {url}: `liminal up` starts it"))
+    table(rows)
+    return 0 if well else 3
+
+
+def make_parser() -> argparse.ArgumentParser:
+    lines = [f"  {field.metadata['name']:<24} {field.metadata['meaning']}" for field in dataclasses.fields(Settings) if field.metadata]
+    words = "settings (environment, or lines of data/env):\n" + "\n".join(lines)
+    words += "\n\nexit status: 0 done, 1 failed, 2 wrong usage, 3 no server, 130 interrupted"
+    shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    about = "Chat with any LLM; a reply is never lost. Without a command: chat."
+    parser = argparse.ArgumentParser("liminal", description=about, epilog=words, **shape)
+    parser.add_argument("--version", action="version", version=f"liminal {version()}")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for name, (fn, meaning, example, arguments) in COMMANDS.items():
+        sub = commands.add_parser(name, help=meaning, description=meaning, epilog=f"example: {example}", **shape)
+        sub.set_defaults(run=fn)
+        for names, options in arguments:
+            sub.add_argument(*names, **options)
+    return parser
+
+
+def with_command(words: list[str]) -> list[str]:
+    """`liminal "a question"` and `liminal -m x "..."` mean chat; a single unknown word is more likely a slip."""
+    if not words or words[0] in ("-m", "-s", "-c", "-t", "--model", "--system", "--continue", "--thread"):
+        return ["chat", *words]
+    if words[0] not in COMMANDS and not words[0].startswith("-") and (" " in words[0] or not sys.stdin.isatty() and has_input()):
+        return ["chat", *words]
+    return words
+
+
+def has_input() -> bool:
+    """Whether something is piped in: a pipe or a file that is not empty, rather than /dev/null."""
+    import stat
+
+    mode = os.fstat(0)
+    return stat.S_ISFIFO(mode.st_mode) or stat.S_ISSOCK(mode.st_mode) or stat.S_ISREG(mode.st_mode) and mode.st_size > 0
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        options = make_parser().parse_args(with_command(sys.argv[1:]))
+        code = options.run(Settings.load(), options)
+        sys.stdout.flush()
+    except Problem as problem:
+        code = fail(f"{problem.message} ({problem.code})", 1)
+    except Unreachable as problem:
+        code = fail(str(problem), 3)
+    except KeyboardInterrupt:
+        code = fail("interrupted", 130)
+    except BrokenPipeError:
+        code = 0  # whoever read us has read enough; a running reply goes on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
+
+
+def fail(words: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):
+        print(f"liminal: {printable(' '.join(words.split()))}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

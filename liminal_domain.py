@@ -1,0 +1,1977 @@
+"""Liminal's Domain: the process that knows.
+
+Owns: liminal.db, messages.db, the providers, the prompts, and every reply while it is being generated.
+Never: client bundles, SSE, cookies, terminals; it knows one client, the Edge, and trusts what its JWT says.
+
+A token's way through this file: read_provider -> run -> record -> stream_run, and back from the Edge: store_bundles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import importlib
+import itertools
+import json
+import logging
+import pathlib
+import queue
+import random
+import re
+import secrets
+import sqlite3
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+import weakref
+from collections.abc import AsyncIterator
+
+import aiohttp
+from aiohttp import web
+
+from liminal import (
+    HERE,
+    Call,
+    Decoder,
+    Metrics,
+    Problem,
+    Settings,
+    check_event,
+    cut,
+    encode_json,
+    joined,
+    make_application,
+    now,
+    parse_json,
+    serve,
+    size,
+    stamp,
+    version,
+    write_private,
+)
+
+PING = 15  # seconds of silence after which the Edge gets an empty line
+LAG = 2.0  # seconds after which a running reply's text is stored even though the Edge has not brought it
+RECENT = 256  # tokens of a run that are kept one by one; older ones are joined, so that a run is no object per token
+PAGE = 64  # pieces handed to a follower at once, so that a replay goes out in bounded writes
+CHUNK = 16_384  # code points of text in one stored row, at most 64 KiB
+ATTEMPTS = 4  # calls to an overloaded provider before its error stands; only ever before the first token
+LONGEST_WAIT = 30.0  # seconds between two such calls, whatever the provider asks for
+CONNECT = 10.0  # seconds to connect to a provider
+MODELS_FRESH = 60.0  # seconds for which a provider's own list of models is believed
+TITLE = 60  # characters of a first message that make the title of its thread
+BYTES_PER_TOKEN = 3  # the design's estimate, on the safe side for most languages
+ANTHROPIC_MODEL, ANTHROPIC_MAX_TOKENS = "claude-sonnet-5-5", 16_000
+OPENAI_MODEL = "gpt-5.5"  # max_tokens is left to the provider
+DEMO_MODELS = ["guide", "load-200-50"]
+NDJSON = "application/x-ndjson"
+log = logging.getLogger("liminal.domain")
+
+
+################ Databases
+# One writing connection a database, in a thread of its own, and one that only reads: never the event loop.
+# Whatever has queued up while the disk was busy is committed together: one fdatasync (WAL, synchronous=FULL) for many.
+
+
+class Database:
+    """One SQLite file. `await db.write(fn, *args)` runs fn(connection, *args) in a transaction and returns when it is on
+    disk; `await db.read(fn, *args)` sees the last commit. Problem `storage_full` or `internal` where the disk refuses."""
+
+    def __init__(self, path: pathlib.Path, section: str):
+        self.path, self.jobs, self.asked = path, queue.SimpleQueue(), queue.SimpleQueue()
+        self.writer, self.reader = connect(path, section), connect(path, section)
+        self.reader.execute("pragma query_only = on")
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.keep_writing, self.keep_reading)]
+        for thread in self.threads:
+            thread.start()
+
+    async def write(self, fn, *args):
+        return await self.hand(self.jobs, fn, args)
+
+    async def read(self, fn, *args):
+        return await self.hand(self.asked, fn, args)
+
+    def hand(self, jobs, fn, args) -> asyncio.Future:
+        """A job once handed over is done even if nobody waits for it any more: cancelling the await loses no write."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        jobs.put((fn, args, loop, future))
+        return future
+
+    def keep_reading(self) -> None:
+        while job := self.asked.get():
+            fn, args, *to = job
+            try:
+                answer(*to, fn(self.reader, *args), None)
+            except Exception as error:
+                answer(*to, None, error)
+
+    def keep_writing(self) -> None:
+        while job := self.jobs.get():
+            jobs = [job]
+            with contextlib.suppress(queue.Empty):
+                while len(jobs) < 256 and jobs[-1]:
+                    jobs.append(self.jobs.get_nowait())
+            if last := jobs[-1] is None:
+                jobs.pop()
+            for (_, _, *to), (result, error) in zip(jobs, self.commit(jobs)):
+                answer(*to, result, error)
+            if last:
+                return
+
+    def commit(self, jobs: list) -> list[tuple]:
+        """(result, error) of each job. One that fails takes only itself back, unless the disk failed: then all fail."""
+        db, outcomes = self.writer, []
+        try:
+            db.execute("begin immediate")
+            for fn, args, *_ in jobs:
+                db.execute("savepoint job")
+                try:
+                    outcomes.append((fn(db, *args), None))
+                except Exception as error:
+                    if not db.in_transaction:
+                        raise
+                    outcomes.append((None, error))
+                    db.execute("rollback to job")
+                db.execute("release job")
+            db.execute("commit")
+            return outcomes
+        except Exception as error:
+            if db.in_transaction:
+                db.execute("rollback")
+            return [(None, error)] * len(jobs)
+
+    def close(self) -> None:
+        """Do what is queued, then close."""
+        for jobs, thread in zip((self.jobs, self.asked), self.threads):
+            jobs.put(None)
+            thread.join(5)
+        self.reader.close()
+        self.writer.close()
+
+
+def connect(path: pathlib.Path, section: str) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    db.row_factory = sqlite3.Row
+    db.executescript(section)
+    return db
+
+
+def answer(loop, future, result, error) -> None:
+    """Settle a job's future in its own loop; an error of SQLite becomes one that people understand."""
+
+    def settle():
+        if future.cancelled():
+            if error:
+                log.error("a database job that nobody waits for failed: %r", error)
+        elif error:
+            future.set_exception(storage_problem(error) if isinstance(error, sqlite3.Error) else error)
+        else:
+            future.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+        loop.call_soon_threadsafe(settle)
+
+
+def storage_problem(error: sqlite3.Error) -> Problem:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return Problem("storage_full", "the disk of the data folder is full: make room and try again")
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        return Problem("storage_full", f"the data folder cannot be written ({error}): mend the disk and try again")
+    log.error("database error", exc_info=error)
+    return Problem("internal", f"the database refused: {error}")
+
+
+def schema_sections() -> dict[str, str]:
+    """{"liminal.db": its DDL and pragmas, ...} out of schema.sql, whose sections begin with `-- NAME.db:`."""
+    sections, name = {}, None
+    for line in (HERE / "schema.sql").read_text().splitlines(keepends=True):
+        if line.startswith("-- ") and (heading := line[3:].split(":")[0]).endswith(".db"):
+            name = heading
+        sections[name] = sections.get(name, "") + line
+    return sections
+
+
+################ Statements on liminal.db: users, keys, sessions, threads, providers
+# A small synchronous function a statement, named after it; none touches both databases.
+
+
+def one_of(rows: list, what: str, ref: str):
+    """The one row that a path's id or prefix means; the same 404 for what is another's and what does not exist."""
+    if not rows or len(ref) < 4:
+        raise Problem("not_found", f"there is no {what} {ref[:64]!r}")
+    if len(rows) > 1:
+        raise Problem("invalid_request", f"{ref!r} means more than one {what}: give more characters")
+    return rows[0]
+
+
+def insert_user(db, user: dict) -> dict:
+    try:
+        db.execute("insert into users (id, name, role, created_at) values (:id, :name, :role, :created_at)", user)
+    except sqlite3.IntegrityError:
+        raise Problem("conflict", f"there is a user {user['name']!r} already", field="name") from None
+    return pick(user, "id", "name", "role")
+
+
+def select_users(db) -> list[dict]:
+    return [dict(row) for row in db.execute("select id, name, role from users order by created_at, id")]
+
+
+def find_user(db, ref: str) -> dict:
+    sql = "select id, name, role from users where id >= :ref and id < :ref || 'g' limit 2"
+    return dict(one_of(db.execute(sql, {"ref": ref}).fetchall(), "user", ref))
+
+
+def remove_user(db, user_id: str) -> None:
+    db.execute("delete from users where id = :user_id", {"user_id": user_id})
+
+
+def insert_key(db, key: dict, hash: str) -> dict:
+    sql = """insert into api_keys (id, user_id, name, prefix, hash, created_at)
+             values (:id, :user_id, :name, :prefix, :hash, :created_at)"""
+    db.execute(sql, {**key, "hash": hash})
+    return key
+
+
+def select_keys(db, user_id: str | None) -> list[dict]:
+    """The keys of a user, or of all for None."""
+    sql = """select id, user_id, name, prefix, created_at, last_used_at from api_keys
+             where :user_id is null or user_id = :user_id order by created_at, id"""
+    return [dict(row) for row in db.execute(sql, {"user_id": user_id})]
+
+
+def remove_key(db, user_id: str | None, ref: str) -> dict:
+    """Delete a key (and, by the schema, its sessions); the last one of an owner stays, else nobody could come in."""
+    row = one_of([key for key in select_keys(db, user_id) if key["id"].startswith(ref)][:2], "key", ref)
+    owners = """select count(*) from api_keys join users on users.id = user_id where role = 'owner'"""
+    role = db.execute("select role from users where id = :id", {"id": row["user_id"]}).fetchone()["role"]
+    if role == "owner" and db.execute(owners).fetchone()[0] == 1:
+        raise Problem("conflict", "this is the owner's last key: make another one first")
+    db.execute("delete from api_keys where id = :id", {"id": row["id"]})
+    return row
+
+
+def touch_caller(db, hash: str, time: str) -> dict | None:
+    """Whose key or session this hash is: {"user", "key_id"}; notes that the key was used."""
+    sql = """select api_keys.id as key_id, users.id, users.name, role from api_keys join users on users.id = user_id
+             where hash = :hash or api_keys.id = (select key_id from sessions where hash = :hash and expires_at > :time)"""
+    row = db.execute(sql, {"hash": hash, "time": time}).fetchone()
+    if row is None:
+        return None
+    db.execute("update api_keys set last_used_at = :time where id = :key_id", {"time": time, "key_id": row["key_id"]})
+    return {"user": pick(row, "id", "name", "role"), "key_id": row["key_id"]}
+
+
+def insert_session(db, session: dict) -> None:
+    db.execute("delete from sessions where expires_at <= :created_at", session)
+    sql = "insert into sessions (hash, key_id, created_at, expires_at) values (:hash, :key_id, :created_at, :expires_at)"
+    db.execute(sql, session)
+
+
+def remove_session(db, hash: str) -> None:
+    db.execute("delete from sessions where hash = :hash", {"hash": hash})
+
+
+def insert_thread(db, thread: dict) -> None:
+    """`or ignore`: a repeated POST has the same derived id, and may find its thread made by the try that was lost."""
+    sql = """insert or ignore into threads (id, user_id, title, system, model, created_at, updated_at)
+             values (:id, :user_id, :title, :system, :model, :created_at, :updated_at)"""
+    db.execute(sql, thread)
+
+
+def find_thread(db, user_id: str, ref: str) -> dict:
+    sql = "select * from threads where id >= :ref and id < :ref || 'g' and user_id = :user_id limit 2"
+    return thread_of(one_of(db.execute(sql, {"ref": ref, "user_id": user_id}).fetchall(), "thread", ref))
+
+
+def thread_of(row) -> dict:
+    forked = row["forked_from_thread_id"] and {
+        "thread_id": row["forked_from_thread_id"],
+        "message_id": row["forked_from_message_id"],
+    }
+    return {**pick(row, "id", "title", "system", "model"), "forked_from": forked, **pick(row, "created_at", "updated_at")}
+
+
+def select_threads(db, user_id: str, limit: int, before: str | None) -> list[dict]:
+    """Newest first; `before`: only those behind this thread in the list."""
+    sql = """select * from threads where user_id = :user_id
+             and (:id is null or updated_at < :time or updated_at = :time and id > :id)
+             order by updated_at desc, id limit :limit"""
+    edge = find_thread(db, user_id, before) if before else {"id": None, "updated_at": None}
+    values = {"user_id": user_id, "id": edge["id"], "time": edge["updated_at"], "limit": limit}
+    return [thread_of(row) for row in db.execute(sql, values)]
+
+
+def change_thread(db, user_id: str, ref: str, fields: dict) -> dict:
+    thread = {**find_thread(db, user_id, ref), **fields}
+    db.execute("update threads set title = :title, system = :system, model = :model where id = :id", thread)
+    return thread
+
+
+def touch_thread(db, thread_id: str, time: str, title: str | None) -> None:
+    sql = "update threads set updated_at = max(updated_at, :time), title = coalesce(title, :title) where id = :id"
+    db.execute(sql, {"id": thread_id, "time": time, "title": title})
+
+
+def remove_thread(db, thread_id: str) -> None:
+    db.execute("delete from threads where id = :id", {"id": thread_id})
+
+
+def thread_ids(db, user_id: str | None = None) -> set[str]:
+    sql = "select id from threads where :user_id is null or user_id = :user_id"
+    return {row["id"] for row in db.execute(sql, {"user_id": user_id})}
+
+
+def replace_provider(db, provider: dict) -> None:
+    sql = """insert or replace into providers (name, kind, base_url, key_env, models, prices)
+             values (:name, :kind, :base_url, :key_env, :models, :prices)"""
+    db.execute(sql, {**provider, "models": encode_json(provider["models"]), "prices": encode_json(provider["prices"])})
+
+
+def remove_provider(db, name: str) -> int:
+    return db.execute("delete from providers where name = :name", {"name": name}).rowcount
+
+
+def select_providers(db) -> list[dict]:
+    rows = db.execute("select * from providers order by name")
+    return [{**dict(row), "models": json.loads(row["models"]), "prices": json.loads(row["prices"])} for row in rows]
+
+
+def pick(row, *names) -> dict:
+    return {name: row[name] for name in names}
+
+
+################ Statements on messages.db: messages, chunks, reactions, idempotency keys
+# A message's text is never rewritten: each stored bundle is a row of its own, read together in the order of positions.
+
+
+def insert_exchange(db, messages: list[dict], texts: dict[str, list], key: dict) -> None:
+    """A user's message (where it is new), its reply's row and the Idempotency-Key, in one transaction."""
+    number = "select coalesce(max(number), 0) + 1 from messages where thread_id = :thread_id"
+    for message in messages:
+        message = {**message, "number": db.execute(number, message).fetchone()[0]}
+        sql = """insert into messages (id, thread_id, user_id, number, parent_id, role, model, status, created_at, completed_at)
+                 values (:id, :thread_id, :user_id, :number, :parent_id, :role, :model, :status, :created_at, :completed_at)"""
+        db.execute(sql, message)
+        append_parts(db, message["id"], 0, texts.get(message["id"], []))
+    sql = """insert into idempotency_keys (user_id, key, request_hash, message_id, created_at)
+             values (:user_id, :key, :request_hash, :message_id, :created_at)"""
+    db.execute(sql, key)
+
+
+def find_idempotency_key(db, user_id: str, key: str):
+    sql = "select request_hash, message_id from idempotency_keys where user_id = :user_id and key = :key"
+    return db.execute(sql, {"user_id": user_id, "key": key}).fetchone()
+
+
+def append_parts(db, message_id: str, position: int, parts: list[dict]) -> int:
+    """Append the parts, which begin at `position`, to what is stored: the overlap is cut off, a hole is refused.
+    Returns the position now stored."""
+    sql = "select position from messages where id = :id"
+    stored = db.execute(sql, {"id": message_id}).fetchone()["position"]
+    new = cut(parts, stored - position) if position <= stored else []
+    for piece in pieces_of(new, stored):
+        stored = piece["position"]
+        sql = "insert into chunks (message_id, position, parts) values (:id, :position, :parts)"
+        db.execute(sql, {"id": message_id, **piece})
+    sql = """update messages set position = :stored, status = iif(status = 'pending', 'streaming', status) where id = :id"""
+    if new:
+        db.execute(sql, {"id": message_id, "stored": stored})
+    return stored
+
+
+def pieces_of(parts: list[dict], position: int):
+    """The parts as rows of chunks, each of a bounded size."""
+    while parts:
+        length, some = 0, []
+        for part in parts:
+            some.append(part)
+            length += size(part)
+            if length >= CHUNK:
+                break
+        if length > CHUNK:
+            some[-1] = {**some[-1], "text": some[-1]["text"][: CHUNK - length]}
+            length = CHUNK
+        parts, position = cut(parts, length), position + length
+        yield {"position": position, "parts": encode_json(joined(some))}
+
+
+def lengthen(db, bundles: list[dict]) -> dict:
+    """Store a batch of bundles; {message_id: the position now stored, or "gone"}. Only a message that is still running
+    or was interrupted grows: a finished one keeps what its end said."""
+    stored = {}
+    for bundle in bundles:
+        sql = "select position, status, json_extract(error, '$.code') as code from messages where id = :message_id"
+        row = db.execute(sql, bundle).fetchone()
+        if row is None:
+            stored[bundle["message_id"]] = "gone"
+        elif row["status"] in ("pending", "streaming") or row["code"] == "interrupted":
+            stored[bundle["message_id"]] = append_parts(db, bundle["message_id"], bundle["position"], bundle["parts"])
+        else:
+            stored[bundle["message_id"]] = row["position"]
+        if row and "edge_ttft_ms" in bundle:
+            sql = """update messages set timing = json_set(coalesce(timing, '{}'), '$.edge_ttft_ms', :edge_ttft_ms)
+                     where id = :message_id"""
+            db.execute(sql, bundle)
+    return stored
+
+
+def finish_message(db, message_id: str, position: int, parts: list[dict], done: dict) -> None:
+    """A reply's tail and its final status, in one transaction: whoever sees `done` finds it on disk."""
+    append_parts(db, message_id, position, parts)
+    sql = """update messages set status = :status, stop_reason = :stop_reason, usage = :usage, error = :error,
+             timing = json_patch(coalesce(timing, '{}'), :timing), completed_at = :completed_at where id = :id"""
+    columns = {name: done[name] and encode_json(done[name]) for name in ("usage", "timing", "error")}
+    db.execute(sql, {"id": message_id, **pick(done, "status", "stop_reason"), **columns, "completed_at": now()})
+
+
+def interrupt_unfinished(db, error: dict) -> int:
+    """Nothing runs when the Domain starts: what still says so was cut off by its end."""
+    sql = """update messages set status = 'error', error = :error, completed_at = :time
+             where status in ('pending', 'streaming')"""
+    return db.execute(sql, {"error": encode_json(error), "time": now()}).rowcount
+
+
+def find_message(db, user_id: str | None, ref: str):
+    """A message's row; user None is the Edge itself."""
+    sql = """select * from messages where id >= :ref and id < :ref || 'g' and (:user_id is null or user_id = :user_id) limit 2"""
+    return one_of(db.execute(sql, {"ref": ref, "user_id": user_id}).fetchall(), "message", ref)
+
+
+def read_message(db, user_id: str, ref: str) -> dict:
+    return message_of(db, find_message(db, user_id, ref), user_id)
+
+
+def message_of(db, row, user_id: str) -> dict:
+    """A message as the API gives it."""
+    parts = joined([part for page in read_chunks(db, row["id"], 0, -1) for part in page])
+    usage, timing, error = (row[name] and json.loads(row[name]) for name in ("usage", "timing", "error"))
+    return {
+        **pick(row, "id", "thread_id", "number", "parent_id", "role", "speaker", "model", "status"),
+        "content": "".join(part["text"] for part in parts if part["type"] == "text"),
+        "parts": parts,
+        **pick(row, "position", "stop_reason"),
+        "usage": usage,
+        "timing": timing and {**NO_TIMING, **timing},
+        "error": error,
+        "reactions": select_reactions(db, row["id"], user_id),
+        **pick(row, "created_at", "completed_at"),
+    }
+
+
+NO_TIMING = dict.fromkeys(("provider_ttft_ms", "domain_ttft_ms", "edge_ttft_ms", "total_ms", "tokens_per_s"))
+
+
+def read_chunks(db, message_id: str, after: int, limit: int) -> list[list[dict]]:
+    """The parts of a message strictly after a position, as they were stored, from at most `limit` rows (-1: all)."""
+    sql = """select position, parts from chunks where message_id = :id and position > :after order by position limit :limit"""
+    pages = []
+    for row in db.execute(sql, {"id": message_id, "after": after, "limit": limit}):
+        parts = json.loads(row["parts"])
+        begun = row["position"] - sum(map(size, parts))
+        pages.append(cut(parts, after - begun) if begun < after else parts)
+    return pages
+
+
+def select_messages(db, user_id: str, thread_id: str, after: int, limit: int) -> list[dict]:
+    sql = "select * from messages where thread_id = :thread_id and number > :after order by number limit :limit"
+    rows = db.execute(sql, {"thread_id": thread_id, "after": after, "limit": limit}).fetchall()
+    return [message_of(db, row, user_id) for row in rows]
+
+
+def newest_finished(db, thread_id: str) -> str | None:
+    """Where a message hangs when it names no parent."""
+    sql = """select id from messages where thread_id = :thread_id and status in ('complete', 'cancelled', 'error')
+             order by number desc limit 1"""
+    row = db.execute(sql, {"thread_id": thread_id}).fetchone()
+    return row and row["id"]
+
+
+def remove_messages(db, threads: list[str]) -> None:
+    db.executemany("delete from messages where thread_id = :id", [{"id": thread} for thread in threads])
+
+
+def message_threads(db) -> set[str]:
+    return {row["thread_id"] for row in db.execute("select distinct thread_id from messages")}
+
+
+def remove_user_keys(db, user_id: str) -> None:
+    db.execute("delete from idempotency_keys where user_id = :user_id", {"user_id": user_id})
+
+
+def insert_reaction(db, user_id: str, ref: str, emoji: str) -> list[dict]:
+    row = find_message(db, user_id, ref)
+    sql = """insert or ignore into message_reactions (message_id, user_id, emoji, created_at)
+             values (:message_id, :user_id, :emoji, :time)"""
+    db.execute(sql, {"message_id": row["id"], "user_id": user_id, "emoji": emoji, "time": now()})
+    return select_reactions(db, row["id"], user_id)
+
+
+def delete_reaction(db, user_id: str, ref: str, emoji: str) -> list[dict]:
+    row = find_message(db, user_id, ref)
+    sql = "delete from message_reactions where message_id = :message_id and user_id = :user_id and emoji = :emoji"
+    db.execute(sql, {"message_id": row["id"], "user_id": user_id, "emoji": emoji})
+    return select_reactions(db, row["id"], user_id)
+
+
+def select_reactions(db, message_id: str, user_id: str) -> list[dict]:
+    sql = """select emoji, count(*) as count, max(user_id = :user_id) as mine from message_reactions
+             where message_id = :message_id group by emoji order by min(created_at), emoji"""
+    rows = db.execute(sql, {"message_id": message_id, "user_id": user_id})
+    return [{"emoji": row["emoji"], "count": row["count"], "userReacted": bool(row["mine"])} for row in rows]
+
+
+################ The prompt
+# The way from the root of the thread's tree to the message answered, as neutral messages {"role", "parts"}.
+# Read from the newest upwards, so that a long thread costs no more than its budget.
+
+
+def read_prompt(db, message_id: str | None, newest: list[dict], system: str | None, budget: int) -> list[dict]:
+    """The messages of a prompt, oldest first. `newest`: parts of a user message that is not stored yet and hangs on
+    `message_id`, or [] where `message_id` is the one answered. The oldest turns fall out, whole, until it fits `budget`
+    (tokens); Problem `too_large` where not even the last one does."""
+    turns, turn, used = [], [], tokens_of(system or "")
+    for role, parts in itertools.chain([("user", newest)] if newest else [], way_up(db, message_id)):
+        turn.insert(0, {"role": role, "parts": parts})
+        if role == "user":  # it began the turn
+            used += sum(part_tokens(part) for message in turn for part in message["parts"])
+            if used > budget and turns:
+                break
+            if used > budget:
+                words = f"the message and the system text are about {used} tokens, the limit is {budget} (LIMINAL_CONTEXT)"
+                raise Problem("too_large", words, field="content")
+            turns, turn = [turn, *turns], []
+    return join_neighbours([message for turn in turns for message in turn])
+
+
+def way_up(db, message_id: str | None):
+    """(role, parts) of each message from here up to the root. Beside a reply on the way stand, by number, the newest
+    finished ones of the other speakers: a retry replaces, a roundtable adds."""
+    while message_id:
+        row = db.execute("select * from messages where id = :id", {"id": message_id}).fetchone()
+        beside = """select * from messages as one where parent_id = :parent_id and role = 'assistant'
+                    and speaker is not :speaker and status in ('complete', 'cancelled', 'error')
+                    and not exists (select 1 from messages as newer where newer.parent_id = :parent_id
+                    and newer.speaker is one.speaker and newer.number > one.number
+                    and newer.status in ('complete', 'cancelled', 'error'))"""
+        rows = [row, *db.execute(beside, dict(row))] if row["role"] == "assistant" else [row]
+        for one in sorted(rows, key=lambda row: -row["number"]):
+            parts = [part for page in read_chunks(db, one["id"], 0, -1) for part in page]
+            yield one["role"], answered(joined([part for part in parts if part["type"] != "thinking"]))
+        message_id = row["parent_id"]
+
+
+def answered(parts: list[dict]) -> list[dict]:
+    """The parts with a result for each call: a provider takes no call without one."""
+    results = {part["tool_call_id"] for part in parts if part["type"] == "tool_result"}
+    made = []
+    for place, part in enumerate(parts):
+        made.append(part)
+        following = parts[place + 1]["type"] if place + 1 < len(parts) else None
+        if part["type"] == "tool_call" and following != "tool_call":
+            calls = [call for call in made if call["type"] == "tool_call" and call["tool_call_id"] not in results]
+            results |= {call["tool_call_id"] for call in calls}
+            made += [{**pick(call, "tool_call_id", "name"), **CANCELLED_CALL} for call in calls]
+    return made
+
+
+CANCELLED_CALL = {"type": "tool_result", "text": "cancelled", "is_error": True}
+
+
+def join_neighbours(messages: list[dict]) -> list[dict]:
+    """Without empty replies, and with neighbours of one role as one message: providers want the roles to alternate."""
+    made = []
+    for message in messages:
+        if message["parts"] and made and made[-1]["role"] == message["role"]:
+            made[-1] = {"role": message["role"], "parts": made[-1]["parts"] + message["parts"]}
+        elif message["parts"]:
+            made.append(message)
+    return made
+
+
+def tokens_of(text: str) -> int:
+    return -(-len(text.encode()) // BYTES_PER_TOKEN)
+
+
+def part_tokens(part: dict) -> int:
+    return tokens_of(part.get("text") or encode_json(part.get("arguments", "")))
+
+
+def in_steps(parts: list[dict]):
+    """A reply's parts as the steps that providers know: (what the model said and called, the results that it got)."""
+    said, results = [], []
+    for part in parts:
+        if part["type"] == "tool_result":
+            results.append(part)
+            continue
+        if results:
+            yield said, results
+            said, results = [], []
+        said.append(part)
+    if said or results:
+        yield said, results
+
+
+################ Providers
+# One async generator a provider, all yielding the same: lists of events, one list for each read, so that nothing is done
+# per token that can be done per read. Beside the events of the contract they yield `usage` (what is known so far) and, last,
+# `end` {stop_reason, blocks}: without it a stream is cut off, however clean its connection ended.
+
+
+@dataclasses.dataclass(frozen=True)
+class Provider:
+    """`key_env` names the variable that holds the key; the key itself is in no database, log or error."""
+
+    name: str
+    kind: str
+    base_url: str | None
+    key_env: str | None
+    key: str
+    models: list[str]
+    prices: dict
+    built_in: bool = True
+
+    @property
+    def missing(self) -> str | None:
+        """Why it cannot be used, and what to do."""
+        if self.kind == "anthropic" or self.name == "openai" and self.base_url == Settings.openai_base_url:
+            if not self.key:
+                return f"{self.key_env} is not set: `liminal providers key {self.name}` asks for it"
+        if self.key_env and not self.key and not self.built_in:
+            return f"{self.key_env} is not set: `liminal providers key {self.name}` asks for it"
+        return None
+
+    def hide(self, text: str) -> str:
+        return text.replace(self.key, "(key)") if self.key else text
+
+
+def all_providers(settings: Settings, rows: list[dict]) -> dict[str, Provider]:
+    """Built-in and added providers by name, in the order in which a default model is looked for."""
+    ollama = settings.ollama_host if "//" in settings.ollama_host else f"http://{settings.ollama_host}"
+    ollama = ollama.replace("//0.0.0.0", "//127.0.0.1").rstrip("/")
+    ollama += "" if urllib.parse.urlsplit(ollama).port else ":11434"
+    anthropic = settings.anthropic_base_url.rstrip("/"), "ANTHROPIC_API_KEY", settings.anthropic_api_key
+    openai = settings.openai_base_url.rstrip("/"), "OPENAI_API_KEY", settings.openai_api_key
+    official = openai[0] == Settings.openai_base_url
+    made = [
+        Provider("anthropic", "anthropic", *anthropic, [ANTHROPIC_MODEL], {}),
+        Provider("openai", "openai", *openai, [OPENAI_MODEL] if official else [], {}),
+    ]
+    for row in rows:
+        key = settings.values.get(row["key_env"] or "", "")
+        made.append(Provider(**{**row, "base_url": (row["base_url"] or "").rstrip("/")}, key=key, built_in=False))
+    made += [
+        Provider("ollama", "openai", ollama + "/v1", None, "", [], {}),
+        Provider("demo", "demo", None, None, "", DEMO_MODELS, {}),
+    ]
+    return {provider.name: provider for provider in made}
+
+
+async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]:
+    """One round of a reply: what its provider sends, as lists of events. A provider that is overloaded is called again, with
+    jitter and no sooner than it asked for, as long as nothing has come. Problem where it fails."""
+    provider = reply.provider
+    for attempt in itertools.count(1):
+        reply.expect(domain.first_byte)
+        begun = reply.position
+        try:
+            async with contextlib.aclosing(READERS[provider.kind](domain, provider, reply.request)) as reader:
+                async for events in reader:
+                    reply.expect(domain.next_byte)
+                    yield events
+            return
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            words = f"{provider.name} broke off" if reply.position > begun else f"cannot reach {provider.base_url}"
+            raise Problem("provider_error", provider.hide(f"{words}: {error or type(error).__name__}")) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            log.warning("%s: a malformed frame", reply.model, exc_info=error)
+            raise Problem("provider_error", f"{provider.name} sent a malformed frame ({error!r:.100})") from error
+        except Problem as problem:
+            asked = problem.retry_after or 0
+            overloaded = problem.code in ("rate_limited", "provider_overloaded")
+            if not overloaded or attempt == ATTEMPTS or reply.position > begun or asked > LONGEST_WAIT:
+                raise
+            wait = (asked or 0.5 * 2**attempt) * random.uniform(1, 1.25)
+            log.warning("%s: %s; call %d follows in %.1f s", reply.model, problem.message, attempt + 1, wait)
+            domain.metrics.count("liminal_provider_retries_total", code=problem.code)
+        reply.expect(None)
+        await asyncio.sleep(wait)
+
+
+def provider_problem(provider: Provider, status: int, text: str, retry_after: str | None = None, kind: str = "") -> Problem:
+    """What a provider's error status (or an error inside its stream) means, in its own words."""
+    text = provider.hide(text.strip())[:500] or f"status {status}"
+    seconds = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else None
+    words = f"{provider.name}: {text}"
+    if status in (401, 403) or kind in ("authentication_error", "permission_error"):
+        return Problem("provider_auth", f"{words} (is {provider.key_env or 'its key'} right?)")
+    if status == 404 or kind == "not_found_error":
+        return Problem("unknown_model", f"{words} (`liminal models` lists what there is)")
+    if status == 429 or kind == "rate_limit_error":
+        return Problem("rate_limited", words, seconds)
+    if status in (503, 529) or kind == "overloaded_error":
+        return Problem("provider_overloaded", words, seconds)
+    if status == 413 or kind == "request_too_large":
+        return Problem("too_large", words)
+    if status in (408, 504) or kind == "timeout_error":
+        return Problem("provider_timeout", words)
+    return Problem("provider_error", words)
+
+
+def error_words(body: bytes | str) -> tuple[str, str]:
+    """(kind, message) out of an error's body in either wire format, or its plain text."""
+    try:
+        error = json.loads(body)
+        error = error[0] if isinstance(error, list) else error
+        error = error.get("error", error)
+        if isinstance(error, dict):
+            return str(error.get("type") or ""), str(error.get("message") or error)
+        return "", str(error)
+    except (ValueError, AttributeError, IndexError):
+        return "", body.decode("utf-8", "replace") if isinstance(body, bytes) else body
+
+
+def frame(provider: Provider, data: str) -> dict:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise Problem("provider_error", f"{provider.name} sent a frame that is not a JSON object: {data[:100]!r}")
+    return value
+
+
+def arguments_of(provider: Provider, name: str, text: str) -> dict:
+    try:
+        value = json.loads(valid(encode_json(json.loads(text)))) if text.strip() else {}
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise Problem("provider_error", f"{provider.name} called {name} with arguments that are not an object: {text[:100]!r}")
+    return value
+
+
+def valid(text: str) -> str:
+    """Text as valid Unicode: the halves of a surrogate pair are joined, lone ones become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
+    """Anthropic Messages through the official SDK, whose connection, retries-off and headers we use; its typed events cost
+    190 us a token, so the stream itself goes through our decoder (20 us)."""
+    anthropic, httpx2 = await import_later("anthropic"), await import_later("httpx2")
+    client = domain.anthropic_client(anthropic, provider)
+    body = {
+        "model": request["model"],
+        "max_tokens": request["max_tokens"] or ANTHROPIC_MAX_TOKENS,
+        "messages": mark_cached(anthropic_messages(request["messages"]) + request["rounds"]),
+        "stream": True,
+    }
+    if request["system"]:
+        body["system"] = [{"type": "text", "text": request["system"], "cache_control": {"type": "ephemeral"}}]
+    if request["temperature"] is not None:
+        body["temperature"] = request["temperature"]
+    try:
+        async with client.messages.with_streaming_response.create(**body, extra_body=request["options"]) as response:
+            kind = response.headers.get("content-type", "")
+            if "text/event-stream" not in kind:
+                raise Problem("provider_error", f"{provider.name} answered with {kind or 'no content type'}, not with a stream")
+            blocks, decoder = AnthropicBlocks(provider), Decoder()
+            async for data in response.iter_bytes():
+                events = []
+                for _, text, _ in decoder.feed(data):
+                    blocks.take(frame(provider, text), events)
+                yield events
+    except anthropic.APIStatusError as error:
+        kind, words = error_words(error.response.text)
+        raise provider_problem(provider, error.status_code, words, error.response.headers.get("retry-after"), kind) from None
+    except anthropic.APIConnectionError as error:
+        raise OSError(str(error.__cause__ or error)) from None
+    except anthropic.AnthropicError as error:
+        raise Problem("provider_error", provider.hide(f"{provider.name}: {error}")) from None
+    except httpx2.HTTPError as error:
+        raise OSError(str(error) or type(error).__name__) from None
+
+
+async def import_later(name: str):
+    """A module that is slow to import, when it is first needed, in a thread: the loop stalls 0.05 s instead of 0.6 s."""
+    return sys.modules.get(name) or await asyncio.to_thread(importlib.import_module, name)
+
+
+class AnthropicBlocks:
+    """The content blocks of one answer: turns Anthropic's events into ours, and keeps the blocks as they came, since
+    thinking, its signature and redacted thinking must go back unchanged with the tool results of the same turn."""
+
+    def __init__(self, provider: Provider):
+        self.provider, self.blocks, self.texts, self.usage, self.stop_reason = provider, {}, {}, {}, None
+
+    def take(self, event: dict, out: list[dict]) -> None:
+        kind = event.get("type")
+        if kind == "content_block_delta":
+            self.delta(event["index"], event["delta"], out)
+        elif kind == "content_block_start":
+            self.blocks[event["index"]], self.texts[event["index"]] = dict(event["content_block"]), []
+        elif kind == "content_block_stop":
+            self.close(event["index"], out)
+        elif kind in ("message_start", "message_delta"):
+            usage = (event["message"] if kind == "message_start" else event).get("usage") or {}
+            self.usage.update({name: n for name, n in usage.items() if isinstance(n, int)})
+            self.stop_reason = event.get("delta", {}).get("stop_reason") or self.stop_reason
+            out.append({"type": "usage", **anthropic_usage(self.usage)})
+        elif kind == "message_stop":
+            out.append({"type": "end", "stop_reason": self.stop_reason, "blocks": [*self.blocks.values()]})
+        elif kind == "error":
+            error = event.get("error") or {}
+            raise provider_problem(self.provider, 0, str(error.get("message", "")), kind=str(error.get("type", "")))
+
+    def delta(self, index: int, delta: dict, out: list[dict]) -> None:
+        kind = delta["type"]
+        if kind in ("text_delta", "thinking_delta"):
+            name = kind.removesuffix("_delta")
+            self.texts[index].append(delta[name])
+            out.append({"type": name, "text": delta[name]})
+        elif kind == "input_json_delta":
+            self.texts[index].append(delta["partial_json"])
+        elif kind == "signature_delta":
+            block = self.blocks[index]
+            block["signature"] = block.get("signature", "") + delta["signature"]
+
+    def close(self, index: int, out: list[dict]) -> None:
+        block, text = self.blocks[index], "".join(self.texts.pop(index))
+        if block["type"] in ("text", "thinking"):
+            block[block["type"]] += text
+        elif block["type"] == "tool_use":
+            block["input"] = arguments_of(self.provider, block["name"], text) if text else block.get("input") or {}
+            call = {"tool_call_id": valid(block["id"]), "name": valid(block["name"]), "arguments": block["input"]}
+            out.append({"type": "tool_call", **call})
+
+
+def anthropic_usage(usage: dict) -> dict:
+    """Ours counts every prompt token as input, cached or not, as OpenAI does; Anthropic counts the cached ones apart."""
+    cached = usage.get("cache_read_input_tokens", 0)
+    fresh = usage.get("input_tokens", 0) + usage.get("cache_creation_input_tokens", 0)
+    return {"input_tokens": fresh + cached, "cached_tokens": cached, "output_tokens": usage.get("output_tokens", 0)}
+
+
+def anthropic_messages(messages: list[dict]) -> list[dict]:
+    made = []
+    for message in messages:
+        for said, results in in_steps(message["parts"]):
+            blocks = [anthropic_block(part) for part in said]
+            made += [{"role": message["role"], "content": blocks}] if blocks else []
+            made += [{"role": "user", "content": list(map(anthropic_block, results))}] if results else []
+    return made
+
+
+def anthropic_block(part: dict) -> dict:
+    if part["type"] == "tool_call":
+        return {"type": "tool_use", "id": part["tool_call_id"], "name": part["name"], "input": part["arguments"]}
+    if part["type"] == "tool_result":
+        result = {"tool_use_id": part["tool_call_id"], "content": part["text"] or "(empty)", "is_error": part["is_error"]}
+        return {"type": "tool_result", **result}
+    return {"type": "text", "text": part["text"]}
+
+
+def mark_cached(messages: list[dict]) -> list[dict]:
+    """With the last block of the prompt marked, so that the next turn reads this one from the provider's cache."""
+    *content, last = messages[-1]["content"]
+    marked = {**last, "cache_control": {"type": "ephemeral"}}
+    return [*messages[:-1], {**messages[-1], "content": [*content, marked]}]
+
+
+async def read_openai(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
+    """Chat Completions of any OpenAI-compatible server. What they differ in is taken as it comes: usage twice or late,
+    `choices` empty, `reasoning` or `reasoning_content`, comment lines, errors inside a 200."""
+    limit = "max_completion_tokens" if provider.base_url == Settings.openai_base_url else "max_tokens"
+    body = {
+        "model": request["model"],
+        "messages": openai_messages(request["system"], request["messages"]) + request["rounds"],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **({limit: request["max_tokens"]} if request["max_tokens"] else {}),
+        **({"temperature": request["temperature"]} if request["temperature"] is not None else {}),
+        **request["options"],
+    }
+    headers = {"Authorization": f"Bearer {provider.key}"} if provider.key else {}
+    headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
+    url, data = f"{provider.base_url}/chat/completions", encode_json(body).encode()
+    async with domain.http.post(url, data=data, headers=headers, allow_redirects=False) as response:
+        if response.status != 200:
+            kind, words = error_words(await response.content.read(100_000))
+            raise provider_problem(provider, response.status, words, response.headers.get("retry-after"), kind)
+        if response.content_type != "text/event-stream":
+            kind, words = error_words(await response.content.read(100_000))
+            raise Problem("provider_error", f"{provider.name} answered with {response.content_type}: {provider.hide(words)[:200]}")
+        choice, decoder = OpenaiChoice(provider), Decoder()
+        async for data in response.content.iter_any():
+            events = []
+            for name, text, _ in decoder.feed(data):
+                if text == "[DONE]":
+                    choice.finish(events)
+                    yield events
+                    return
+                choice.take(name, frame(provider, text), events)
+            yield events
+        events = []
+        choice.finish(events)
+        yield events
+
+
+class OpenaiChoice:
+    """The one choice of a Chat Completions stream, turned into our events."""
+
+    def __init__(self, provider: Provider):
+        self.provider, self.calls, self.texts, self.finish_reason = provider, {}, [], None
+
+    def take(self, name: str, chunk: dict, out: list[dict]) -> None:
+        if name == "error" or chunk.get("error"):
+            error = chunk.get("error") or chunk
+            error = error if isinstance(error, dict) else {"message": error}
+            code = error.get("code")
+            status = int(code) if str(code).isdigit() else 0
+            raise provider_problem(self.provider, status, str(error.get("message", "")), kind=str(error.get("type", "")))
+        if usage := chunk.get("usage"):
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            counts = {"input_tokens": usage.get("prompt_tokens") or 0, "output_tokens": usage.get("completion_tokens") or 0}
+            out.append({"type": "usage", **counts, "cached_tokens": cached})
+        for choice in (chunk.get("choices") or [])[:1]:
+            delta = choice.get("delta") or {}
+            if thought := delta.get("reasoning") or delta.get("reasoning_content"):
+                out.append({"type": "thinking", "text": thought})
+            if text := delta.get("content"):
+                self.texts.append(text)
+                out.append({"type": "text", "text": text})
+            for piece in delta.get("tool_calls") or ():
+                self.call(piece)
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def call(self, piece: dict) -> None:
+        """A piece of a tool call: id and name come once, the arguments in pieces, by index."""
+        known = self.calls.setdefault(piece.get("index") or 0, {"id": "", "name": "", "arguments": []})
+        function = piece.get("function") or {}
+        known["id"] = piece.get("id") or known["id"]
+        known["name"] = function.get("name") or known["name"]
+        known["arguments"].append(function.get("arguments") or "")
+
+    def finish(self, out: list[dict]) -> None:
+        if self.finish_reason is None:
+            return
+        reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
+        stop_reason = reasons.get(self.finish_reason, self.finish_reason)
+        if self.calls and stop_reason == "end_turn":
+            stop_reason = "tool_use"  # some servers end with "stop" all the same
+        calls = []
+        for index, call in sorted(self.calls.items()) if stop_reason == "tool_use" else ():
+            text = "".join(call["arguments"])
+            identity = call["id"] or f"call_{index}_{secrets.token_hex(4)}"
+            function = {"name": call["name"], "arguments": text or "{}"}
+            calls.append({"id": identity, "type": "function", "function": function})
+            arguments = arguments_of(self.provider, call["name"], text)
+            named = {"tool_call_id": valid(identity), "name": valid(call["name"])}
+            out.append({"type": "tool_call", **named, "arguments": arguments})
+        said = {"role": "assistant", "content": "".join(self.texts) or None, **({"tool_calls": calls} if calls else {})}
+        out.append({"type": "end", "stop_reason": stop_reason, "blocks": said})
+
+
+def openai_messages(system: str | None, messages: list[dict]) -> list[dict]:
+    made = [{"role": "system", "content": system}] if system else []
+    for message in messages:
+        for said, results in in_steps(message["parts"]):
+            text = "\n\n".join(part["text"] for part in said if part["type"] == "text")
+            calls = [openai_call(part) for part in said if part["type"] == "tool_call"]
+            if text or calls:
+                made.append({"role": message["role"], "content": text or None, **({"tool_calls": calls} if calls else {})})
+            made += [{"role": "tool", "tool_call_id": part["tool_call_id"], "content": part["text"]} for part in results]
+    return made
+
+
+def openai_call(part: dict) -> dict:
+    function = {"name": part["name"], "arguments": encode_json(part["arguments"])}
+    return {"id": part["tool_call_id"], "type": "function", "function": function}
+
+
+GUIDE = """This is Liminal's built-in demo, not a language model: it answers every message with this text, offline.
+
+To talk to a real model, give Liminal a key once:
+
+    ./run.sh providers key anthropic     (or openai)
+
+It asks without echo and writes data/env; the next message uses it. With Ollama running on this machine, \
+`./run.sh models` lists its models and needs no key.
+
+What you see already works as it will with a real model: this reply came through both servers token by token, and is on \
+disk. Try `./run.sh threads`, `./run.sh show`, or close this terminal in the middle of a reply and look again with \
+`./run.sh chat --continue`.
+"""
+GUIDE_RATE = 60  # tokens per second, about what a fast model does
+
+
+async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
+    """Offline: `guide` says what this is and how to set a real key, `load-<tokens>-<rate>` streams numbered tokens."""
+    kind, *numbers = request["model"].split("-")
+    if kind == "load":
+        count, rate = int(numbers[0]), float(numbers[1])
+        tokens = (f" t{number}" for number in range(count))
+    else:
+        rate, tokens = GUIDE_RATE, re.findall(r"\S+\s*|\s+", GUIDE)
+        count = len(tokens)
+    prompt = sum(part_tokens(part) for message in request["messages"] for part in message["parts"])
+    yield [{"type": "usage", "input_tokens": prompt, "cached_tokens": 0, "output_tokens": count}]
+    begun, sent, tokens = time.monotonic(), 0, iter(tokens)
+    while sent < count:
+        due = min(count, int((time.monotonic() - begun) * rate) + 1 if rate else sent + 64)
+        if due > sent:
+            yield [{"type": "text", "text": token} for token in itertools.islice(tokens, due - sent)]
+            sent = due
+        await asyncio.sleep(max(0, begun + sent / rate - time.monotonic()) if rate else 0)
+    yield [{"type": "end", "stop_reason": "end_turn", "blocks": []}]
+
+
+READERS = {"anthropic": read_anthropic, "openai": read_openai, "demo": read_demo}
+
+
+async def ask_models(domain: Domain, provider: Provider) -> tuple[list[str], str | None]:
+    """(the provider's models, why they cannot be used or None), asked for at most once a minute; what was configured
+    stands first."""
+    if provider.missing or provider.kind == "demo":
+        return provider.models, provider.missing
+    place = provider.name, provider.base_url, provider.key
+    known = domain.models.get(place)
+    if known is None or known[0] < time.monotonic():
+        known = domain.models[place] = time.monotonic() + MODELS_FRESH, *await fetch_models(domain, provider)
+    _, found, why = known
+    return [*provider.models, *(model for model in found if model not in provider.models)], why
+
+
+async def fetch_models(domain: Domain, provider: Provider) -> tuple[list[str], str | None]:
+    url, headers = f"{provider.base_url}/models", {"Authorization": f"Bearer {provider.key}"} if provider.key else {}
+    if provider.kind == "anthropic":
+        url = f"{provider.base_url}/v1/models?limit=1000"
+        headers = {"x-api-key": provider.key, "anthropic-version": "2023-06-01"}
+    try:
+        limit = aiohttp.ClientTimeout(total=5)
+        async with domain.http.get(url, headers=headers, timeout=limit, allow_redirects=False) as response:
+            data = await response.content.read(10_000_000)
+            if response.status != 200:
+                kind, words = error_words(data)
+                return [], provider_problem(provider, response.status, words, kind=kind).message
+            return [str(one["id"]) for one in json.loads(data)["data"]], None
+    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        return [], f"cannot reach {provider.base_url}: {error or type(error).__name__}"
+    except (ValueError, KeyError, TypeError):
+        return [], f"{provider.base_url}/models gave no list of models"
+
+
+async def default_model(domain: Domain) -> str:
+    """LIMINAL_MODEL, else that of the first provider with a key, else Ollama's first, else the demo."""
+    if domain.settings.model:
+        return domain.settings.model
+    for provider in domain.providers().values():
+        wanted = provider.key or provider.name == "ollama" or provider.kind == "openai" and provider.base_url != Settings.openai_base_url
+        if provider.kind != "demo" and wanted and not provider.missing:
+            models = provider.models or (await ask_models(domain, provider))[0]
+            if models:
+                return f"{provider.name}/{models[0]}"
+    return "demo/guide"
+
+
+async def find_model(domain: Domain, name: str | None) -> tuple[Provider, str]:
+    """The provider and its own name of a model; Problem `unknown_model` or `provider_auth` that says what to do."""
+    name = name or await default_model(domain)
+    prefix, _, model = name.partition("/")
+    provider = domain.providers().get(prefix)
+    if provider is None:
+        known = ", ".join(domain.providers())
+        raise Problem("unknown_model", f"{name!r} is no model: they are named provider/model, with {known}", field="model")
+    model = model or next(iter(provider.models), "")
+    if provider.kind == "demo" and not (model == "guide" or re.fullmatch(r"load-[0-9]{1,7}-[0-9]{1,6}", model)):
+        raise Problem("unknown_model", f"{name!r} is no model: demo has guide and load-<tokens>-<rate>", field="model")
+    if not model:
+        raise Problem("unknown_model", f"{name!r} names no model: `liminal models` lists what there is", field="model")
+    if provider.missing:
+        raise Problem("provider_auth", f"{prefix}: {provider.missing}", field="model")
+    return provider, model
+
+
+################ Runs
+# A reply being generated lives here, in a task of its own, whoever listens. It is kept as (position, event): the newest
+# tokens as they came, older ones joined, so that any follower, live or late, reads on from its position on one path.
+
+
+class Run:
+    """One reply in the making. `stored` is the position on disk; `done` the last event, once there is one."""
+
+    def __init__(self, thread_id: str, user_id: str, user_message_id: str, provider: Provider, model: str, request_id: str):
+        self.message_id, self.thread_id, self.user_id = str(uuid.uuid4()), thread_id, user_id
+        self.user_message_id, self.speaker = user_message_id, None
+        self.provider, self.model, self.request_id = provider, f"{provider.name}/{model}", request_id
+        self.events, self.starts, self.compacted = [], [], 0
+        self.position = self.stored = 0
+        self.half = None  # (type, high surrogate) whose other half is still to come
+        self.usages = [None]  # what the provider said, one for each round
+        self.stop_reason = self.blocks = self.done = self.stopping = self.task = self.request = None
+        self.created_at, self.began, self.first_at, self.called_at = now(), time.monotonic(), None, None
+        self.heard_at, self.patience, self.late, self.stored_at, self.storing = self.began, None, False, self.began, False
+        self.waiters = []
+        self.inserted = asyncio.get_running_loop().create_future()  # its row is on disk
+        self.ended = asyncio.get_running_loop().create_future()  # `done` may be told
+
+    def expect(self, seconds: float | None) -> None:
+        """The provider has just been heard (or called), and has so long for its next byte; None: nothing is waited for."""
+        self.heard_at, self.patience = time.monotonic(), seconds
+
+    def stop(self, reason: Problem | str) -> None:
+        """End the run: "cancelled", or a Problem. The first reason counts; once its end is being stored none does."""
+        if self.stopping is None and self.task and not self.task.done():
+            self.stopping = reason
+            self.task.cancel()
+
+    def append(self, event: dict) -> None:
+        self.starts.append(self.position)
+        self.events.append(event)
+        self.position += size(event)
+        if len(self.events) - self.compacted > 2 * RECENT:
+            self.compact()
+
+    def compact(self) -> None:
+        """Join what is older than the newest tokens: a block of RECENT becomes a piece or a few."""
+        block = joined(self.events[self.compacted : -RECENT])
+        starts = list(itertools.accumulate(map(size, block[:-1]), initial=self.starts[self.compacted]))
+        self.events[self.compacted : -RECENT], self.starts[self.compacted : -RECENT] = block, starts
+        self.compacted += len(block)
+
+    def after(self, position: int, limit: int | None = PAGE) -> list[dict]:
+        """The events strictly after a position, at most `limit` of them."""
+        if position >= self.position:
+            return []
+        place = bisect.bisect_right(self.starts, position) - 1
+        found = self.events[place : limit and place + limit]
+        return cut(found, position - self.starts[place]) if position > self.starts[place] else found
+
+    def wake(self) -> None:
+        waiters, self.waiters = self.waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def changed(self) -> asyncio.Future:
+        self.waiters.append(asyncio.get_running_loop().create_future())
+        return self.waiters[-1]
+
+    def tell(self, done: dict) -> None:
+        """The last event, once."""
+        self.done = self.done or {**done, "timing": {**NO_TIMING, **done["timing"]}}
+        self.wake()
+
+    def start(self, position: int) -> dict:
+        named = {name: getattr(self, name) for name in ("message_id", "thread_id", "user_message_id", "speaker", "model")}
+        return {"type": "start", **named, "position": position}
+
+    def usage(self, whole: bool) -> dict:
+        """Tokens summed over the rounds, and their cost; estimated where the provider did not say, or was cut off."""
+        told = [usage for usage in self.usages if usage]
+        counts = {name: sum(one[name] for one in told) for name in ("input_tokens", "cached_tokens", "output_tokens")}
+        estimated = not whole or len(told) < len(self.usages)
+        if estimated:
+            said = sum(tokens_of(encode_json(event)) for event in self.events if event["type"] == "tool_call")
+            said += tokens_of("".join(event["text"] for event in self.events if event["type"] in ("text", "thinking")))
+            counts["output_tokens"] = max(counts["output_tokens"], said)
+            counts["input_tokens"] = counts["input_tokens"] or self.request["tokens"]
+        return {**counts, "cost": self.cost(counts), "estimated": estimated}
+
+    def cost(self, counts: dict) -> float | None:
+        name = self.model.partition("/")[2]
+        for glob, (fresh, cached, output) in self.provider.prices.items():
+            if fnmatch.fnmatchcase(name, glob):
+                paid = (counts["input_tokens"] - counts["cached_tokens"]) * fresh + counts["cached_tokens"] * cached
+                return round((paid + counts["output_tokens"] * output) / 1_000_000, 8)
+        return None
+
+    def timing(self) -> dict:
+        ended = time.monotonic()
+        seconds = ended - (self.first_at or ended)
+        tokens = (self.usages[-1] or {}).get("output_tokens") or 0
+        since = {"provider_ttft_ms": self.called_at, "domain_ttft_ms": self.began}
+        first = {name: then and self.first_at and round((self.first_at - then) * 1000, 2) for name, then in since.items()}
+        total = round((ended - self.began) * 1000, 2)
+        return {**first, "total_ms": total, "tokens_per_s": round(tokens / seconds, 1) if tokens and seconds > 0.001 else None}
+
+
+async def run(domain: Domain, reply: Run) -> None:
+    """The life of one reply: what the provider sends is recorded until it ends, fails or is stopped; then its tail and its
+    final status go to disk, and only then is `done` told and the thread free."""
+    status, problem = "complete", None
+    try:
+        async with contextlib.aclosing(read_provider(domain, reply)) as rounds:
+            reply.called_at = time.monotonic()
+            async for events in rounds:
+                record(domain, reply, events)
+        if reply.blocks is None:
+            raise Problem("provider_incomplete", f"{reply.provider.name} ended in mid-answer, without its end marker: retry")
+    except asyncio.CancelledError:
+        problem = reply.stopping if reply.stopping != "cancelled" else None
+        status = "error" if problem else "cancelled"
+    except Problem as fault:
+        status, problem = "error", fault
+    except Exception:
+        log.exception("the run of %s failed", reply.message_id)
+        status, problem = "error", Problem("internal", "an error of our own; the Domain's log tells more")
+    reply.stopping = reply.stopping or "ended"
+    reply.expect(None)
+    await asyncio.shield(finish(domain, reply, status, problem))
+
+
+def record(domain: Domain, reply: Run, events: list[dict]) -> None:
+    """Take the events of one read into the run and wake whoever follows it."""
+    for event in events:
+        kind = event["type"]
+        if kind == "text" or kind == "thinking":
+            event = whole_text(reply, event)
+            if not event["text"]:
+                continue
+            domain.tokens += 1
+        elif kind == "usage":
+            reply.usages[-1] = {name: event[name] for name in ("input_tokens", "cached_tokens", "output_tokens")}
+            continue
+        elif kind == "end":
+            reply.stop_reason, reply.blocks = event["stop_reason"], event["blocks"]
+            continue
+        if domain.settings.check_events:
+            check_event(event)
+        reply.append(event)
+    if reply.position and reply.first_at is None:
+        reply.first_at = time.monotonic()
+        domain.metrics.observe("liminal_provider_ttft_seconds", reply.first_at - reply.called_at)
+        domain.metrics.observe("liminal_domain_ttft_seconds", reply.first_at - reply.began)
+    reply.wake()
+
+
+def whole_text(reply: Run, event: dict) -> dict:
+    """The event with valid Unicode: a surrogate half at its end waits for the next delta of its type."""
+    kind, text = event["type"], event["text"]
+    if not isinstance(text, str):
+        raise Problem("provider_error", f"{reply.provider.name} sent {kind} that is no text: {text!r:.60}")
+    if reply.half is None and text.isascii():
+        return event
+    text = release_half(reply, kind) + text
+    if text and "\ud800" <= text[-1] <= "\udbff":
+        reply.half, text = (kind, text[-1]), text[:-1]
+    return {"type": kind, "text": valid(text)}
+
+
+def release_half(reply: Run, kind: str | None) -> str:
+    """The held half, to be joined with more of its type; where another type follows it is lost and shown as U+FFFD."""
+    held, reply.half = reply.half, None
+    if held is None or held[0] == kind:
+        return held[1] if held else ""
+    reply.append({"type": held[0], "text": "\ufffd"})
+    return ""
+
+
+async def finish(domain: Domain, reply: Run, status: str, problem: Problem | None) -> None:
+    """Store a reply's tail and final status, then tell `done`. Where the disk refuses, say so, keep the run and try again."""
+    release_half(reply, None)
+    error = problem and problem.detail(reply.request_id)
+    rest = {"stop_reason": reply.stop_reason, "usage": reply.usage(status == "complete"), "timing": reply.timing()}
+    done = {"type": "done", "status": status, "position": reply.position, **rest, "error": error}
+    with contextlib.suppress(asyncio.CancelledError):
+        await reply.inserted
+    for wait in itertools.chain((0.5, 1, 2), itertools.repeat(5)):
+        if reply.inserted.cancelled():  # its first commit failed: the client was told so, nothing of it exists
+            break
+        try:
+            tail = reply.after(reply.stored, None)
+            await domain.messages.write(finish_message, reply.message_id, reply.stored, tail, done)
+            break
+        except Problem as fault:
+            log.error("the end of %s cannot be stored: %s", reply.message_id, fault.message)
+            reply.tell({**done, "status": "error", "error": fault.detail(reply.request_id)})
+            if fault.code != "storage_full":
+                break
+            await asyncio.sleep(wait)
+    reply.stored = reply.position
+    reply.tell(done)
+    domain.release(reply)
+    reply.ended.set_result(None)
+    domain.metrics.count("liminal_runs_total", status=reply.done["status"])
+    if error:
+        domain.metrics.count("liminal_run_errors_total", code=error["code"])
+        log.warning("%s of %s ended: %s (%s)", reply.message_id, reply.model, problem.message, problem.code)
+
+
+async def tend(domain: Domain) -> None:
+    """Twice a second, for all runs at once: store what the Edge has not brought, end what is silent for too long (only when
+    a second look finds nothing either: a process that was stopped finds its data waiting), and wake followers for a ping."""
+    for beat in itertools.count():
+        await asyncio.sleep(0.5)
+        clock = time.monotonic()
+        for reply in list(domain.runs.values()):
+            late = reply.patience is not None and clock - reply.heard_at > reply.patience
+            if late and reply.late:
+                words = f"{reply.provider.name} sent nothing for {reply.patience:g} s (LIMINAL_PROVIDER_TIMEOUTS)"
+                reply.stop(Problem("provider_timeout", words))
+            reply.late = late
+            if reply.stored == reply.position:
+                reply.stored_at = clock
+            elif clock - reply.stored_at > LAG and reply.inserted.done() and not reply.storing:
+                domain.background(store_run(domain, reply))
+            if not beat % 10:
+                reply.wake()
+
+
+async def store_run(domain: Domain, reply: Run) -> None:
+    """Store what a run holds beyond the disk: nobody else has brought it for LAG seconds."""
+    reply.storing = True
+    try:
+        parts = reply.after(reply.stored, None)
+        stored = await domain.messages.write(append_parts, reply.message_id, reply.stored, parts)
+        reply.stored, reply.stored_at = max(reply.stored, stored), time.monotonic()
+        domain.metrics.count("liminal_stored_by_domain_total")
+    finally:
+        reply.storing = False
+
+
+async def stream_run(domain: Domain, call: Call, message_id: str, after: int) -> web.StreamResponse:
+    """A reply's events strictly after a position as NDJSON: from its run while there is one, else from disk."""
+    reply = domain.runs.get(message_id)
+    row = None if reply else await domain.messages.read(find_message, None, message_id)
+    response = web.StreamResponse(headers={"Content-Type": NDJSON})
+    await response.prepare(call.request)
+    with contextlib.suppress(ConnectionError):  # the Edge has gone: it detaches, the run goes on
+        if reply:
+            await follow_live(domain, response, reply, after)
+        else:
+            await replay_stored(domain, response, row, after)
+    return response
+
+
+async def follow_live(domain: Domain, response: web.StreamResponse, reply: Run, position: int) -> None:
+    await response.write(lines([reply.start(position)]))
+    written = time.monotonic()
+    while True:
+        if events := reply.after(position):
+            position += sum(map(size, events))
+            await response.write(lines(events))
+        elif reply.done:
+            return await response.write(lines([reply.done]))
+        else:
+            await reply.changed()
+            if reply.position > position or reply.done or time.monotonic() - written < PING:
+                continue
+            await response.write(b"\n")
+        written = time.monotonic()
+
+
+async def replay_stored(domain: Domain, response: web.StreamResponse, row, position: int) -> None:
+    await response.write(lines([stored_start(row, position)]))
+    while pages := await domain.messages.read(read_chunks, row["id"], position, PAGE):
+        for parts in pages:
+            position += sum(map(size, parts))
+            await response.write(lines(parts))
+    row = await domain.messages.read(find_message, None, row["id"])
+    await response.write(lines([stored_done(row)]))
+
+
+def lines(events: list[dict]) -> bytes:
+    return "".join([encode_json(event) + "\n" for event in events]).encode()
+
+
+def stored_start(row, position: int) -> dict:
+    known = {"message_id": row["id"], "thread_id": row["thread_id"], "user_message_id": row["parent_id"]}
+    return {"type": "start", **known, **pick(row, "speaker", "model"), "position": position}
+
+
+def stored_done(row) -> dict:
+    usage, timing, error = (row[name] and json.loads(row[name]) for name in ("usage", "timing", "error"))
+    ended = {**pick(row, "status", "position", "stop_reason"), "usage": usage}
+    return {"type": "done", **ended, "timing": timing and {**NO_TIMING, **timing}, "error": error}
+
+
+################ Beginning and ending a reply
+# Who repeats a request finds what the first one began. A thread has one running reply; it is held before the first await.
+
+
+class Domain:
+    """What the handlers share: settings, the two databases, the runs by message and by thread."""
+
+    def __init__(self, settings: Settings):
+        sections, self.settings, self.metrics = schema_sections(), settings, Metrics(METRICS)
+        self.liminal = Database(settings.data / "liminal.db", sections["liminal.db"])
+        self.messages = Database(settings.data / "messages.db", sections["messages.db"])
+        self.runs: dict[str, Run] = {}
+        self.busy: dict[str, Run] = {}
+        self.locks = weakref.WeakValueDictionary()  # (user, Idempotency-Key): held until its first commit
+        self.own_providers, self.models, self.clients, self.tasks, self.tokens = [], {}, {}, set(), 0
+        self.first_byte, self.next_byte = map(float, settings.provider_timeouts.split(","))
+        self.http, self.public_key = None, (None, None)
+        self.metrics.gauges = {"liminal_runs": lambda: len(self.runs), "liminal_tokens_total": lambda: self.tokens}
+
+    def providers(self) -> dict[str, Provider]:
+        self.settings = self.settings.fresh()
+        return all_providers(self.settings, self.own_providers)
+
+    def anthropic_client(self, anthropic, provider: Provider):
+        """One client for each key and address; retries are ours, redirects (which would carry the key away) refused."""
+        place = provider.base_url, provider.key
+        if place not in self.clients:
+            timeout = anthropic.Timeout(None, connect=CONNECT)
+            http = anthropic.DefaultAioHttpClient(follow_redirects=False, timeout=timeout)
+            client = anthropic.AsyncAnthropic(api_key=provider.key, base_url=provider.base_url, http_client=http, max_retries=0)
+            self.clients[place] = client.with_options(timeout=timeout)
+        return self.clients[place]
+
+    def background(self, work) -> None:
+        """Let something go on by itself; an error of it is logged."""
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.forget)
+
+    def forget(self, task) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception():
+            log.error("in the background: %s", task.exception())
+
+    def hold(self, reply: Run) -> None:
+        """Take the thread for this reply, or Problem `thread_busy`."""
+        if other := self.busy.get(reply.thread_id):
+            words = "a reply is still being generated in this thread: attach to it, stop it, or wait"
+            raise Problem("thread_busy", words, message_ids=[other.message_id])
+        self.busy[reply.thread_id] = reply
+
+    def release(self, reply: Run) -> None:
+        self.runs.pop(reply.message_id, None)
+        if self.busy.get(reply.thread_id) is reply:
+            del self.busy[reply.thread_id]
+
+
+async def begin_once(domain: Domain, call: Call, begin) -> str:
+    """The message id of the reply that this request began, now or at an earlier try with the same Idempotency-Key."""
+    key = call.arguments["Idempotency-Key"] or str(uuid.uuid4())
+    asked = [call.operation.id, dict(call.request.match_info), call.body]
+    fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    async with domain.locks.setdefault((call.user_id, key), asyncio.Lock()):
+        known = await domain.messages.read(find_idempotency_key, call.user_id, key)
+        if known is None:
+            return await begin(domain, call, {"user_id": call.user_id, "key": key, "request_hash": fingerprint})
+    if known["request_hash"] != fingerprint:
+        words = "this Idempotency-Key was used with another body: take a new one"
+        raise Problem("conflict", words, field="Idempotency-Key")
+    return known["message_id"]
+
+
+async def begin_message(domain: Domain, call: Call, key: dict) -> str:
+    """A user's message and the run of its reply; a new thread where none is named."""
+    body, user_id, time = call.body, call.user_id, now()
+    if fresh := "thread_id" not in body:
+        if "parent_id" in body:
+            raise Problem("invalid_request", "parent_id needs the thread_id of its thread", field="parent_id")
+        fields = {"title": title_of(body["content"]), "system": body.get("system"), "model": body.get("model")}
+        thread = new_thread(user_id, key["key"], fields)
+    else:
+        thread = await domain.liminal.read(find_thread, user_id, body["thread_id"])
+    provider, model = await find_model(domain, body.get("model") or thread["model"])
+    parts, message_id = [{"type": "text", "text": body["content"]}], str(uuid.uuid4())
+    reply = Run(thread["id"], user_id, message_id, provider, model, call.request_id)
+    domain.hold(reply)
+    try:
+        parent = None
+        if not fresh:
+            await domain.liminal.read(find_thread, user_id, thread["id"])  # it was not deleted before we held it
+            parent = await find_parent(domain, user_id, thread["id"], body.get("parent_id"))
+        system = body.get("system", thread["system"])
+        reply.request = await make_request(domain, reply, body, parent, parts, system)
+        said = {"id": message_id, "parent_id": parent, "role": "user", "model": None, "status": "complete"}
+        said |= {"thread_id": thread["id"], "user_id": user_id, "created_at": time, "completed_at": time}
+        await commit_start(domain, reply, thread if fresh else None, [said, reply_row(reply)], {message_id: parts}, key)
+    except BaseException:
+        drop(domain, reply)
+        raise
+    if not fresh:
+        domain.background(domain.liminal.write(touch_thread, thread["id"], time, title_of(body["content"])))
+    return reply.message_id
+
+
+async def begin_retry(domain: Domain, call: Call, key: dict) -> str:
+    """A new reply to the user's message that this one is, or answers."""
+    user_id = call.user_id
+    row = await domain.messages.read(find_message, user_id, call.arguments["message_id"])
+    target = row["id"] if row["role"] == "user" else row["parent_id"]
+    thread = await domain.liminal.read(find_thread, user_id, row["thread_id"])
+    provider, model = await find_model(domain, call.body.get("model") or row["model"] or thread["model"])
+    reply = Run(thread["id"], user_id, target, provider, model, call.request_id)
+    domain.hold(reply)
+    try:
+        await domain.messages.read(find_message, user_id, target)
+        reply.request = await make_request(domain, reply, call.body, target, [], thread["system"])
+        await commit_start(domain, reply, None, [reply_row(reply)], {}, key)
+    except BaseException:
+        drop(domain, reply)
+        raise
+    domain.background(domain.liminal.write(touch_thread, thread["id"], now(), None))
+    return reply.message_id
+
+
+async def find_parent(domain: Domain, user_id: str, thread_id: str, ref: str | None) -> str | None:
+    if ref is None:
+        return await domain.messages.read(newest_finished, thread_id)
+    row = await domain.messages.read(find_message, user_id, ref)
+    if row["thread_id"] != thread_id:
+        raise Problem("not_found", f"there is no message {ref!r} in this thread", field="parent_id")
+    return row["id"]
+
+
+async def make_request(domain: Domain, reply: Run, body: dict, parent: str | None, parts: list, system: str | None) -> dict:
+    """What a provider's reader needs. `tokens` estimates the prompt, for a provider that does not tell; `rounds` holds, in
+    the provider's own form, what this run's tool rounds have added."""
+    messages = await domain.messages.read(read_prompt, parent, parts, system, domain.settings.context)
+    tokens = tokens_of(system or "") + sum(part_tokens(part) for message in messages for part in message["parts"])
+    asked = {name: body.get(name) for name in ("max_tokens", "temperature")}
+    known = {"model": reply.model.partition("/")[2], "system": system, "messages": messages, "tokens": tokens, "rounds": []}
+    return {**known, **asked, "options": body.get("options") or {}}
+
+
+async def commit_start(domain: Domain, reply: Run, thread: dict | None, rows: list, texts: dict, key: dict) -> None:
+    """Call the provider, and meanwhile put on disk what the client is about to be told: first the thread, then messages
+    and key in one transaction. A failed insert closes the call."""
+    domain.runs[reply.message_id] = reply
+    reply.task = asyncio.create_task(run(domain, reply))
+    if thread:
+        await domain.liminal.write(insert_thread, thread)
+    key = {**key, "message_id": reply.message_id, "created_at": reply.created_at}
+    await domain.messages.write(insert_exchange, rows, texts, key)
+    reply.inserted.set_result(None)
+
+
+def drop(domain: Domain, reply: Run) -> None:
+    """Take back a reply whose first commit failed."""
+    reply.inserted.cancel()
+    reply.stop("cancelled")
+    domain.release(reply)
+
+
+def reply_row(reply: Run) -> dict:
+    row = {"id": reply.message_id, "parent_id": reply.user_message_id, "role": "assistant", "model": reply.model}
+    row |= {"thread_id": reply.thread_id, "user_id": reply.user_id, "status": "pending"}
+    return {**row, "created_at": reply.created_at, "completed_at": None}
+
+
+def new_thread(user_id: str, key: str, fields: dict) -> dict:
+    """Its id is derived from user and Idempotency-Key, so that a repeated POST means the same thread."""
+    thread_id, time = str(uuid.uuid5(uuid.UUID(user_id), key)), now()
+    return {"id": thread_id, "user_id": user_id, **fields, "created_at": time, "updated_at": time}
+
+
+def title_of(content: str) -> str:
+    """The first words of a message, at most TITLE characters."""
+    words = " ".join(content[: 10 * TITLE].split())
+    if len(words) <= TITLE:
+        return words
+    return (words[: TITLE - 1].rsplit(" ", 1)[0] if " " in words[:TITLE] else words[: TITLE - 1]) + "…"
+
+
+################ Handlers: messages
+# Bound by operationId. `call` is checked already; what is returned is checked on its way out.
+
+
+async def domain_send_message(domain: Domain, call: Call):
+    return await stream_run(domain, call, await begin_once(domain, call, begin_message), 0)
+
+
+async def domain_retry_message(domain: Domain, call: Call):
+    return await stream_run(domain, call, await begin_once(domain, call, begin_retry), 0)
+
+
+async def domain_stream_message(domain: Domain, call: Call):
+    row = await find_reply(domain, call)
+    after, reply = call.arguments["after"] or 0, domain.runs.get(row["id"])
+    error = row["error"] and json.loads(row["error"])["code"]
+    if after > (reply.position if reply else row["position"]) and error != "interrupted":
+        raise Problem("invalid_request", f"position {after} is past the end of this reply", field="after")
+    return await stream_run(domain, call, row["id"], after)
+
+
+async def domain_get_message(domain: Domain, call: Call):
+    message = await domain.messages.read(read_message, call.user_id, call.arguments["message_id"])
+    reply = domain.runs.get(message["id"])
+    return with_run(message, reply) if reply else message
+
+
+async def domain_list_messages(domain: Domain, call: Call):
+    thread = await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
+    asked = thread["id"], call.arguments["after"] or 0, call.arguments["limit"]
+    found = await domain.messages.read(select_messages, call.user_id, *asked)
+    running = [domain.runs.get(message["id"]) for message in found]
+    return {"messages": [with_run(message, reply) if reply else message for message, reply in zip(found, running)]}
+
+
+def with_run(message: dict, reply: Run) -> dict:
+    """A message with what its run holds beyond the disk."""
+    parts = joined(reply.after(0, None))
+    content = "".join(part["text"] for part in parts if part["type"] == "text")
+    status = "streaming" if reply.position else "pending"
+    return {**message, "parts": parts, "content": content, "position": reply.position, "status": status}
+
+
+async def domain_cancel_message(domain: Domain, call: Call):
+    row = await find_reply(domain, call)
+    if reply := domain.runs.get(row["id"]):
+        reply.stop("cancelled")
+        while not reply.done:
+            await reply.changed()
+        return receipt(row["id"], reply.done)
+    done = stored_done(await domain.messages.read(find_message, call.user_id, row["id"]))
+    return receipt(row["id"], done)
+
+
+def receipt(message_id: str, done: dict) -> dict:
+    """`upstream_closed` is true by construction: a run ends only after its provider's connection has been closed."""
+    return {"message_id": message_id, **pick(done, "status", "position", "usage"), "upstream_closed": True}
+
+
+async def find_reply(domain: Domain, call: Call):
+    row = await domain.messages.read(find_message, call.user_id, call.arguments["message_id"])
+    if row["role"] != "assistant":
+        raise Problem("invalid_request", "this is a user's message, not a reply", field="message_id")
+    return row
+
+
+async def domain_add_reaction(domain: Domain, call: Call):
+    asked = call.user_id, call.arguments["message_id"], call.body["emoji"]
+    return {"reactions": await domain.messages.write(insert_reaction, *asked)}
+
+
+async def domain_remove_reaction(domain: Domain, call: Call):
+    asked = call.user_id, call.arguments["message_id"], call.arguments["emoji"]
+    return {"reactions": await domain.messages.write(delete_reaction, *asked)}
+
+
+async def domain_list_runs(domain: Domain, call: Call):
+    names = ("message_id", "thread_id", "user_id", "model", "speaker", "position", "stored", "created_at")
+    mine = [reply for reply in domain.runs.values() if call.user_id in (None, reply.user_id) and reply.inserted.done()]
+    return {"runs": [{name: getattr(reply, name) for name in names} for reply in mine]}
+
+
+async def domain_store_bundles(domain: Domain, call: Call):
+    """Store what the Edge brings, in its order. A bundle above the stored position is filled up from the run."""
+    bundles = [fill_gap(domain.runs.get(bundle["message_id"]), bundle) for bundle in call.body["bundles"]]
+    stored = await domain.messages.write(lengthen, bundles)
+    for message_id, position in stored.items():
+        if (reply := domain.runs.get(message_id)) and position != "gone" and position > reply.stored:
+            reply.stored, reply.stored_at = position, time.monotonic()
+    domain.metrics.count("liminal_stored_bundles_total", len(bundles))
+    return {"messages": stored}
+
+
+def fill_gap(reply: Run | None, bundle: dict) -> dict:
+    if reply is None or bundle["position"] <= reply.stored:
+        return bundle
+    end = bundle["position"] + sum(map(size, bundle["parts"]))
+    held = reply.after(reply.stored, None)
+    return {**bundle, "position": reply.stored, "parts": first_positions(held, end - reply.stored)}
+
+
+def first_positions(events: list[dict], count: int) -> list[dict]:
+    """The events up to their `count`-th position."""
+    made = []
+    for event in events:
+        if count <= 0:
+            break
+        made.append({**event, "text": event["text"][:count]} if size(event) > count else event)
+        count -= size(event)
+    return made
+
+
+################ Handlers: threads, models, providers, users, keys
+
+
+async def domain_create_thread(domain: Domain, call: Call):
+    fields = {**dict.fromkeys(("title", "system", "model")), **call.body}
+    thread = new_thread(call.user_id, call.arguments["Idempotency-Key"] or str(uuid.uuid4()), fields)
+    await domain.liminal.write(insert_thread, thread)
+    return await domain.liminal.read(find_thread, call.user_id, thread["id"])
+
+
+async def domain_list_threads(domain: Domain, call: Call):
+    asked = call.user_id, call.arguments["limit"], call.arguments["before"]
+    return {"threads": await domain.liminal.read(select_threads, *asked)}
+
+
+async def domain_get_thread(domain: Domain, call: Call):
+    return await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
+
+
+async def domain_update_thread(domain: Domain, call: Call):
+    return await domain.liminal.write(change_thread, call.user_id, call.arguments["thread_id"], call.body)
+
+
+async def domain_delete_thread(domain: Domain, call: Call):
+    thread = await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
+    await delete_threads(domain, [thread["id"]])
+
+
+async def delete_threads(domain: Domain, ids: list[str]) -> None:
+    """Cancel what runs in the threads, then delete them, first where it is said which threads exist."""
+    while running := [domain.busy[thread_id] for thread_id in ids if thread_id in domain.busy]:
+        for reply in running:
+            reply.stop("cancelled")
+        await asyncio.wait([reply.ended for reply in running])
+    for thread_id in ids:
+        await domain.liminal.write(remove_thread, thread_id)
+    await domain.messages.write(remove_messages, ids)
+
+
+async def domain_list_models(domain: Domain, call: Call):
+    providers = list(domain.providers().values())
+    asked = await asyncio.gather(*[ask_models(domain, provider) for provider in providers])
+    default, models = await default_model(domain), []
+    for provider, (found, why) in zip(providers, asked):
+        for model in found or ["*"]:
+            name = f"{provider.name}/{model}"
+            usable = {"available": why is None and bool(found), "why": why or (None if found else "it has no models")}
+            models.append({"id": name, "provider": provider.name, "default": name == default, **usable})
+    return {"models": models}
+
+
+async def domain_list_providers(domain: Domain, call: Call):
+    return {"providers": [describe(provider) for provider in domain.providers().values()]}
+
+
+def describe(provider: Provider) -> dict:
+    fields = {name: getattr(provider, name) for name in ("name", "kind", "base_url", "key_env", "built_in", "models", "prices")}
+    return {**fields, "key_set": bool(provider.key)}
+
+
+async def domain_put_provider(domain: Domain, call: Call):
+    name, body = call.arguments["name"], call.body
+    if name in all_providers(domain.settings, []):
+        raise Problem("conflict", f"{name} is built in; its variables change it (see `liminal --help`)", field="name")
+    if body["kind"] != "demo" and not body.get("base_url"):
+        raise Problem("invalid_request", "a provider of this kind needs its base_url", field="base_url")
+    fields = {"base_url": body.get("base_url"), "key_env": body.get("key_env")}
+    row = {"name": name, "kind": body["kind"], **fields, "models": body.get("models") or [], "prices": body.get("prices") or {}}
+    await domain.liminal.write(replace_provider, row)
+    domain.own_providers = await domain.liminal.read(select_providers)
+    return describe(domain.providers()[name])
+
+
+async def domain_delete_provider(domain: Domain, call: Call):
+    if not await domain.liminal.write(remove_provider, call.arguments["name"]):
+        raise Problem("not_found", f"there is no provider {call.arguments['name']!r} of your own")
+    domain.own_providers = await domain.liminal.read(select_providers)
+
+
+async def domain_create_user(domain: Domain, call: Call):
+    role = call.body.get("role", "member")
+    user = {"id": str(uuid.uuid4()), "name": call.body["name"], "role": role, "created_at": now()}
+    return await domain.liminal.write(insert_user, user)
+
+
+async def domain_list_users(domain: Domain, call: Call):
+    return {"users": await domain.liminal.read(select_users)}
+
+
+async def domain_delete_user(domain: Domain, call: Call):
+    user = await domain.liminal.read(find_user, call.arguments["user_id"])
+    if user["id"] == call.user_id:
+        raise Problem("conflict", "you cannot delete yourself")
+    await delete_threads(domain, sorted(await domain.liminal.read(thread_ids, user["id"])))
+    await domain.messages.write(remove_user_keys, user["id"])
+    await domain.liminal.write(remove_user, user["id"])
+
+
+async def domain_create_key(domain: Domain, call: Call):
+    owner_id = call.user_id
+    if ref := call.body.get("user_id"):
+        users = await domain.liminal.read(select_users)
+        if not any(user["id"] == call.user_id and user["role"] == "owner" for user in users) and ref != call.user_id:
+            raise Problem("forbidden", "only an owner makes keys for others", field="user_id")
+        owner_id = (await domain.liminal.read(find_user, ref))["id"]
+    secret = make_secret()
+    key = await domain.liminal.write(insert_key, new_key(owner_id, call.body["name"], secret), hash_of(secret))
+    return {**key, "secret": secret}
+
+
+async def domain_list_keys(domain: Domain, call: Call):
+    return {"keys": await domain.liminal.read(select_keys, await own_or_all(domain, call))}
+
+
+async def domain_revoke_key(domain: Domain, call: Call):
+    return await domain.liminal.write(remove_key, await own_or_all(domain, call), call.arguments["key_id"])
+
+
+async def own_or_all(domain: Domain, call: Call) -> str | None:
+    """Whose keys the caller may see: their own, or everyone's (None) for an owner."""
+    user = await domain.liminal.read(find_user, call.user_id)
+    return None if user["role"] == "owner" else user["id"]
+
+
+def make_secret() -> str:
+    return "lt_sk_" + secrets.token_urlsafe(32)
+
+
+def hash_of(secret: str) -> str:
+    """A secret of 256 random bits needs no salt and no slow hash."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def new_key(user_id: str, name: str, secret: str) -> dict:
+    key = {"id": str(uuid.uuid4()), "user_id": user_id, "name": name, "prefix": secret[:10]}
+    return {**key, "created_at": now(), "last_used_at": None}
+
+
+async def domain_find_caller(domain: Domain, call: Call):
+    caller = await domain.liminal.write(touch_caller, call.body["hash"], now())
+    if caller is None:
+        raise Problem("unauthorized", "this key is not known, or was revoked")
+    return caller
+
+
+async def domain_create_session(domain: Domain, call: Call):
+    await domain.liminal.write(insert_session, {**call.body, "created_at": now()})
+
+
+async def domain_delete_session(domain: Domain, call: Call):
+    await domain.liminal.write(remove_session, call.arguments["hash"])
+
+
+async def health(domain: Domain, call: Call):
+    return {"status": "ok", "server": "domain", "version": version(), "instance": domain.settings.instance}
+
+
+async def metrics(domain: Domain, call: Call):
+    return web.Response(text=domain.metrics.text(), content_type="text/plain", charset="utf-8")
+
+
+################ The service JWT
+# The Edge signs each call (EdDSA); the public key is read when a token first needs it, and again when its file changes.
+
+LIFETIME = 60  # seconds between `iat` and `exp` at the most: a strict decode alone would take one of ten years
+
+
+async def authenticate(domain: Domain, call: Call) -> None:
+    import jwt
+
+    scheme, _, token = call.request.headers.get("Authorization", "").partition(" ")
+    if scheme != "Bearer":
+        raise Problem("unauthorized", "the Domain takes only calls that the Edge has signed")
+    required = ["iss", "sub", "aud", "iat", "exp", "jti", "scopes"]
+    try:
+        given = {"algorithms": ["EdDSA"], "audience": "liminal-domain", "issuer": "liminal-edge"}
+        claims = jwt.decode(token, edge_public_key(domain), options={"require": required}, **given)
+    except jwt.PyJWTError as error:
+        raise Problem("unauthorized", f"the Edge's token is not valid: {error}") from None
+    if claims["sub"] != "edge-service" or claims["exp"] - claims["iat"] > LIFETIME or not isinstance(claims["scopes"], list):
+        raise Problem("unauthorized", "the Edge's token is not valid: its subject, lifetime or scopes are not as agreed")
+    lacking = set(call.operation.security["edge"]) - set(map(str, claims["scopes"]))
+    if lacking:
+        raise Problem("forbidden", f"the Edge's token lacks the scope {min(lacking)}")
+
+
+def edge_public_key(domain: Domain):
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    given = domain.settings.edge_public_key
+    path = pathlib.Path(given or domain.settings.data / "edge_public_key.pem")
+    seen = given if "-----BEGIN" in given else stamp(path)
+    if seen != domain.public_key[0] or not seen:
+        try:
+            text = given.replace("\\n", "\n") if "-----BEGIN" in given else path.read_text()
+            domain.public_key = seen, load_pem_public_key(text.encode())
+        except (OSError, ValueError) as error:
+            raise Problem("unauthorized", f"the Edge's public key cannot be read ({error}): start the Edge once") from None
+    return domain.public_key[1]
+
+
+################ The server
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+METRICS = {
+    "liminal_runs": ("replies being generated now", None),
+    "liminal_runs_total": ("replies ended, by status", None),
+    "liminal_run_errors_total": ("replies ended with an error, by its code", None),
+    "liminal_tokens_total": ("tokens received from providers", None),
+    "liminal_provider_retries_total": ("calls repeated because a provider was overloaded", None),
+    "liminal_stored_bundles_total": ("bundles that the Edge brought", None),
+    "liminal_stored_by_domain_total": ("times a running reply was stored because the Edge was behind", None),
+    "liminal_errors_total": ("requests refused, by code", None),
+    "liminal_provider_ttft_seconds": ("from the call of a provider to its first token", SECONDS),
+    "liminal_domain_ttft_seconds": ("from the Edge's request to the first token", SECONDS),
+}
+
+
+async def make_app(settings: Settings) -> web.Application:
+    """Open the databases, mend what the last end cut off, bind the contract."""
+    domain = Domain(settings)
+    own = {name: fn for name, fn in globals().items() if name.startswith("domain_") or name in ("health", "metrics")}
+    handlers = {name: functools.partial(fn, domain) for name, fn in own.items()}
+    app = make_application("domain", handlers, functools.partial(authenticate, domain), settings, domain.metrics)
+    domain.http = aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT), connector=aiohttp.TCPConnector(limit=0)
+    )
+    await make_owner(domain)
+    domain.own_providers = await domain.liminal.read(select_providers)
+    error = Problem("interrupted", "the Domain ended while this reply was being generated: retry").detail(None)
+    if count := await domain.messages.write(interrupt_unfinished, error):
+        log.warning("%d replies had been interrupted", count)
+    domain.background(sweep(domain))
+    domain.background(tend(domain))
+    app.on_shutdown.append(lambda app: interrupt_runs(domain))
+    app.on_cleanup.append(lambda app: close(domain))
+    return app
+
+
+async def make_owner(domain: Domain) -> None:
+    """At the first start: an owner, whose key goes to data/cli.key. The file comes first, so that a crash between the two
+    leaves a key that the next start takes up."""
+    if await domain.liminal.read(select_users):
+        return
+    path = domain.settings.data / "cli.key"
+    if not path.exists():
+        write_private(path, make_secret() + "\n")
+    secret, user_id = path.read_text().strip(), str(uuid.uuid4())
+
+    def insert_owner(db):
+        insert_user(db, {"id": user_id, "name": "owner", "role": "owner", "created_at": now()})
+        insert_key(db, new_key(user_id, "cli", secret), hash_of(secret))
+
+    await domain.liminal.write(insert_owner)
+
+
+async def sweep(domain: Domain) -> None:
+    """Delete messages of no thread: liminal.db says which exist. In this order no new thread can be taken for a lost one."""
+    found = await domain.messages.read(message_threads)
+    lost = sorted(found - await domain.liminal.read(thread_ids))
+    if lost:
+        log.warning("%d threads had left messages behind", len(lost))
+        await domain.messages.write(remove_messages, lost)
+
+
+async def interrupt_runs(domain: Domain) -> None:
+    """SIGTERM: what came is stored as `interrupted`, and every follower is told."""
+    running = list(domain.runs.values())
+    for reply in running:
+        reply.stop(Problem("interrupted", "the Domain was stopped while this reply was being generated: retry"))
+    if running:
+        await asyncio.wait([reply.ended for reply in running], timeout=5)
+
+
+async def close(domain: Domain) -> None:
+    for task in domain.tasks:
+        task.cancel()
+    await domain.http.close()
+    for client in domain.clients.values():
+        await client.close()
+    domain.liminal.close()
+    domain.messages.close()
+
+
+if __name__ == "__main__":
+    serve("domain", make_app)
