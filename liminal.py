@@ -680,6 +680,16 @@ class Metrics:
     def value(self, name: str, **labels: str) -> float:
         return self.counters.get((name, tuple(labels.items())), 0)
 
+    def by_label(self, name: str, label: str, **labels: str) -> dict[str, int]:
+        """A counter's values by one label, where the others are as given."""
+        found = {dict(key)[label]: int(n) for (counter, key), n in self.counters.items() if counter == name and labels.items() <= dict(key).items()}
+        return found
+
+    def quantiles(self, name: str, scale: float = 1) -> dict[str, float | None]:
+        """{p50, p95, p99} as the upper limits of the buckets that hold them; None where nothing was observed."""
+        found = {f"p{int(q * 100)}": self.quantile(name, q) for q in (0.5, 0.95, 0.99)}
+        return {q: value and round(value * scale, 3) for q, value in found.items()}
+
     def quantile(self, name: str, q: float) -> float | None:
         """The upper limit of the bucket that holds this quantile; None where nothing was observed."""
         *counts, _ = self.histograms[name]
@@ -891,6 +901,131 @@ async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     finally:
         loop.call_later(GRACE, os._exit, 1)  # whatever still hangs by then is given up: what is acknowledged is on disk
         await runner.cleanup()
+
+
+################ Databases
+# One writing connection a database, in a thread of its own, and one that only reads: never the event loop.
+# Whatever has queued up while the disk was busy is committed together: one fdatasync (WAL, synchronous=FULL) for many.
+
+
+class Database:
+    """One SQLite file. `await db.write(fn, *args)` runs fn(connection, *args) in a transaction and returns when it is on
+    disk; `await db.read(fn, *args)` sees the last commit. Problem `storage_full` or `internal` where the disk refuses."""
+
+    def __init__(self, path: pathlib.Path):
+        self.jobs, self.asked = queue.SimpleQueue(), queue.SimpleQueue()
+        self.writer, self.reader = open_database(path), open_database(path)
+        self.reader.execute("pragma query_only = on")
+        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.keep_writing, self.keep_reading)]
+        for thread in self.threads:
+            thread.start()
+
+    def write(self, fn, *args):
+        return self.hand(self.jobs, fn, args)
+
+    def read(self, fn, *args):
+        return self.hand(self.asked, fn, args)
+
+    def hand(self, jobs, fn, args):
+        """The future of a job, which is done even if nobody awaits it any more: cancelling the await loses no write."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        jobs.put((fn, args, loop, future))
+        return future
+
+    def keep_reading(self) -> None:
+        while job := self.asked.get():
+            fn, args, *to = job
+            try:
+                answer(*to, fn(self.reader, *args), None)
+            except Exception as error:
+                answer(*to, None, error)
+
+    def keep_writing(self) -> None:
+        while job := self.jobs.get():
+            jobs = [job]
+            with contextlib.suppress(queue.Empty):
+                while len(jobs) < 256 and jobs[-1]:
+                    jobs.append(self.jobs.get_nowait())
+            if last := jobs[-1] is None:
+                jobs.pop()
+            for (_, _, *to), (result, error) in zip(jobs, self.commit(jobs)):
+                answer(*to, result, error)
+            if last:
+                return
+
+    def commit(self, jobs: list) -> list[tuple]:
+        """(result, error) of each job. One that fails takes only itself back, unless the disk failed: then all fail."""
+        db, outcomes = self.writer, []
+        try:
+            db.execute("begin immediate")
+            for fn, args, *_ in jobs:
+                db.execute("savepoint job")
+                try:
+                    outcomes.append((fn(db, *args), None))
+                except Exception as error:
+                    if not db.in_transaction:
+                        raise
+                    outcomes.append((None, error))
+                    db.execute("rollback to job")
+                db.execute("release job")
+            db.execute("commit")
+            return outcomes
+        except Exception as error:
+            if db.in_transaction:
+                db.execute("rollback")
+            return [(None, error)] * len(jobs)
+
+    def close(self) -> None:
+        """Do what is queued, then close."""
+        for jobs, thread in zip((self.jobs, self.asked), self.threads):
+            jobs.put(None)
+            thread.join(5)
+        self.reader.close()
+        self.writer.close()
+
+
+def open_database(path: pathlib.Path):
+    """A connection with its section of schema.sql carried out, which begins with `-- NAME.db:`."""
+    import sqlite3
+
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
+    db.row_factory = sqlite3.Row
+    sections = re.split(r"(?m)^-- (\w+\.db):", (HERE / "schema.sql").read_text())
+    db.executescript("--" + dict(zip(sections[1::2], sections[2::2]))[path.name])
+    return db
+
+
+def answer(loop, future, result, error) -> None:
+    """Settle a job's future in its own loop; an error of SQLite becomes one that people understand."""
+
+    def settle():
+        if future.cancelled():
+            if error:
+                log.error("a database job that nobody waits for failed: %r", error)
+        elif error:
+            future.set_exception(storage_problem(error))
+        else:
+            future.set_result(result)
+
+    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
+        loop.call_soon_threadsafe(settle)
+
+
+def storage_problem(error: Exception) -> Exception:
+    import sqlite3
+
+    if not isinstance(error, sqlite3.Error):
+        return error
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return Problem("storage_full", "the disk of the data folder is full: make room and try again")
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+        return Problem("storage_full", f"the data folder cannot be written ({error}): mend the disk and try again")
+    log.error("database error", exc_info=error)
+    return Problem("internal", f"the database refused: {error}")
 
 
 ################ The client

@@ -20,13 +20,11 @@ import itertools
 import json
 import logging
 import pathlib
-import queue
 import random
 import re
 import secrets
 import sqlite3
 import sys
-import threading
 import time
 import urllib.parse
 import uuid
@@ -37,8 +35,8 @@ import aiohttp
 from aiohttp import web
 
 from liminal import (
-    HERE,
     Call,
+    Database,
     Decoder,
     Metrics,
     Problem,
@@ -73,131 +71,6 @@ OPENAI_MODEL = "gpt-5.5"  # max_tokens is left to the provider
 DEMO_MODELS = ["guide", "load-200-50"]
 NDJSON = "application/x-ndjson"
 log = logging.getLogger("liminal.domain")
-
-
-################ Databases
-# One writing connection a database, in a thread of its own, and one that only reads: never the event loop.
-# Whatever has queued up while the disk was busy is committed together: one fdatasync (WAL, synchronous=FULL) for many.
-
-
-class Database:
-    """One SQLite file. `await db.write(fn, *args)` runs fn(connection, *args) in a transaction and returns when it is on
-    disk; `await db.read(fn, *args)` sees the last commit. Problem `storage_full` or `internal` where the disk refuses."""
-
-    def __init__(self, path: pathlib.Path, section: str):
-        self.path, self.jobs, self.asked = path, queue.SimpleQueue(), queue.SimpleQueue()
-        self.writer, self.reader = connect(path, section), connect(path, section)
-        self.reader.execute("pragma query_only = on")
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self.keep_writing, self.keep_reading)]
-        for thread in self.threads:
-            thread.start()
-
-    async def write(self, fn, *args):
-        return await self.hand(self.jobs, fn, args)
-
-    async def read(self, fn, *args):
-        return await self.hand(self.asked, fn, args)
-
-    def hand(self, jobs, fn, args) -> asyncio.Future:
-        """A job once handed over is done even if nobody waits for it any more: cancelling the await loses no write."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        jobs.put((fn, args, loop, future))
-        return future
-
-    def keep_reading(self) -> None:
-        while job := self.asked.get():
-            fn, args, *to = job
-            try:
-                answer(*to, fn(self.reader, *args), None)
-            except Exception as error:
-                answer(*to, None, error)
-
-    def keep_writing(self) -> None:
-        while job := self.jobs.get():
-            jobs = [job]
-            with contextlib.suppress(queue.Empty):
-                while len(jobs) < 256 and jobs[-1]:
-                    jobs.append(self.jobs.get_nowait())
-            if last := jobs[-1] is None:
-                jobs.pop()
-            for (_, _, *to), (result, error) in zip(jobs, self.commit(jobs)):
-                answer(*to, result, error)
-            if last:
-                return
-
-    def commit(self, jobs: list) -> list[tuple]:
-        """(result, error) of each job. One that fails takes only itself back, unless the disk failed: then all fail."""
-        db, outcomes = self.writer, []
-        try:
-            db.execute("begin immediate")
-            for fn, args, *_ in jobs:
-                db.execute("savepoint job")
-                try:
-                    outcomes.append((fn(db, *args), None))
-                except Exception as error:
-                    if not db.in_transaction:
-                        raise
-                    outcomes.append((None, error))
-                    db.execute("rollback to job")
-                db.execute("release job")
-            db.execute("commit")
-            return outcomes
-        except Exception as error:
-            if db.in_transaction:
-                db.execute("rollback")
-            return [(None, error)] * len(jobs)
-
-    def close(self) -> None:
-        """Do what is queued, then close."""
-        for jobs, thread in zip((self.jobs, self.asked), self.threads):
-            jobs.put(None)
-            thread.join(5)
-        self.reader.close()
-        self.writer.close()
-
-
-def connect(path: pathlib.Path, section: str) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5)
-    db.row_factory = sqlite3.Row
-    db.executescript(section)
-    return db
-
-
-def answer(loop, future, result, error) -> None:
-    """Settle a job's future in its own loop; an error of SQLite becomes one that people understand."""
-
-    def settle():
-        if future.cancelled():
-            if error:
-                log.error("a database job that nobody waits for failed: %r", error)
-        elif error:
-            future.set_exception(storage_problem(error) if isinstance(error, sqlite3.Error) else error)
-        else:
-            future.set_result(result)
-
-    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-        loop.call_soon_threadsafe(settle)
-
-
-def storage_problem(error: sqlite3.Error) -> Problem:
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return Problem("storage_full", "the disk of the data folder is full: make room and try again")
-    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
-        return Problem("storage_full", f"the data folder cannot be written ({error}): mend the disk and try again")
-    log.error("database error", exc_info=error)
-    return Problem("internal", f"the database refused: {error}")
-
-
-def schema_sections() -> dict[str, str]:
-    """{"liminal.db": its DDL and pragmas, ...} out of schema.sql, whose sections begin with `-- NAME.db:`."""
-    sections, name = {}, None
-    for line in (HERE / "schema.sql").read_text().splitlines(keepends=True):
-        if line.startswith("-- ") and (heading := line[3:].split(":")[0]).endswith(".db"):
-            name = heading
-        sections[name] = sections.get(name, "") + line
-    return sections
 
 
 ################ Statements on liminal.db: users, keys, sessions, threads, providers
@@ -438,6 +311,17 @@ def interrupt_unfinished(db, error: dict) -> int:
     sql = """update messages set status = 'error', error = :error, completed_at = :time
              where status in ('pending', 'streaming')"""
     return db.execute(sql, {"error": encode_json(error), "time": now()}).rowcount
+
+
+def sum_models(db, user_id: str) -> list[dict]:
+    """Tokens and cost of a user's replies by model."""
+    sql = """select model, count(*) as runs, sum(status = 'error') as errors,
+             sum(coalesce(json_extract(usage, '$.input_tokens'), 0)) as input_tokens,
+             sum(coalesce(json_extract(usage, '$.cached_tokens'), 0)) as cached_tokens,
+             sum(coalesce(json_extract(usage, '$.output_tokens'), 0)) as output_tokens,
+             sum(json_extract(usage, '$.cost')) as cost
+             from messages where user_id = :user_id and role = 'assistant' group by model order by runs desc, model"""
+    return [dict(row) for row in db.execute(sql, {"user_id": user_id})]
 
 
 def find_message(db, user_id: str | None, ref: str):
@@ -1302,6 +1186,8 @@ async def finish(domain: Domain, reply: Run, status: str, problem: Problem | Non
     domain.release(reply)
     reply.ended.set_result(None)
     domain.metrics.count("liminal_runs_total", status=reply.done["status"])
+    if done["timing"]["tokens_per_s"]:
+        domain.metrics.observe("liminal_tokens_per_second", done["timing"]["tokens_per_s"])
     if error:
         domain.metrics.count("liminal_run_errors_total", code=error["code"])
         log.warning("%s of %s ended: %s (%s)", reply.message_id, reply.model, problem.message, problem.code)
@@ -1403,9 +1289,8 @@ class Domain:
     """What the handlers share: settings, the two databases, the runs by message and by thread."""
 
     def __init__(self, settings: Settings):
-        sections, self.settings, self.metrics = schema_sections(), settings, Metrics(METRICS)
-        self.liminal = Database(settings.data / "liminal.db", sections["liminal.db"])
-        self.messages = Database(settings.data / "messages.db", sections["messages.db"])
+        self.settings, self.metrics = settings, Metrics(METRICS)
+        self.liminal, self.messages = Database(settings.data / "liminal.db"), Database(settings.data / "messages.db")
         self.runs: dict[str, Run] = {}
         self.busy: dict[str, Run] = {}
         self.locks = weakref.WeakValueDictionary()  # (user, Idempotency-Key): held until its first commit
@@ -1659,6 +1544,13 @@ async def domain_list_runs(domain: Domain, call: Call):
     return {"runs": [{name: getattr(reply, name) for name in names} for reply in mine]}
 
 
+async def domain_get_stats(domain: Domain, call: Call):
+    ttft = {f"{hop}_ttft_ms": domain.metrics.quantiles(f"liminal_{hop}_ttft_seconds", 1000) for hop in ("provider", "domain")}
+    rate = domain.metrics.quantile("liminal_tokens_per_second", 0.5)
+    models = await domain.messages.read(sum_models, call.user_id)
+    return {**ttft, "tokens_per_s": rate, "tokens": domain.tokens, "runs": len(domain.runs), "models": models}
+
+
 async def domain_store_bundles(domain: Domain, call: Call):
     """Store what the Edge brings, in its order. A bundle above the stored position is filled up from the run."""
     bundles = [fill_gap(domain.runs.get(bundle["message_id"]), bundle) for bundle in call.body["bundles"]]
@@ -1893,6 +1785,7 @@ def edge_public_key(domain: Domain):
 ################ The server
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+RATES = (1, 5, 10, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 5000)
 METRICS = {
     "liminal_runs": ("replies being generated now", None),
     "liminal_runs_total": ("replies ended, by status", None),
@@ -1903,6 +1796,7 @@ METRICS = {
     "liminal_stored_by_domain_total": ("times a running reply was stored because the Edge was behind", None),
     "liminal_errors_total": ("requests refused, by code", None),
     "liminal_provider_ttft_seconds": ("from the call of a provider to its first token", SECONDS),
+    "liminal_tokens_per_second": ("rate of a whole reply, from its first token on", RATES),
     "liminal_domain_ttft_seconds": ("from the Edge's request to the first token", SECONDS),
 }
 

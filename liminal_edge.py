@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ from aiohttp import web
 
 from liminal import (
     Call,
+    Database,
     Metrics,
     Problem,
     Settings,
@@ -51,6 +53,7 @@ CLIENT_TOKENS, CLIENT_SECONDS = 16, 0.1  # a client's bundle closes at so many t
 DATABASE_TOKENS, DATABASE_SECONDS = 50, 0.5  # and a database bundle, whichever comes first
 BUNDLE_BYTES = 64 << 10  # or at so many bytes of events
 BATCH_BYTES = 512 << 10  # bytes of bundles in one call of domain_store_bundles
+BATCH_COUNT = 1_000  # and bundles
 BATCH_PAUSE = 0.02  # seconds between two such calls, in which bundles gather
 WINDOW_BYTES = 256 << 10  # bytes of recent events kept for each running reply; who is further behind asks the Domain
 PING = 15  # seconds of silence after which a client gets a comment
@@ -58,6 +61,7 @@ DEAF = 45  # seconds without a byte after which the Domain is followed anew
 BACKOFF = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # seconds between two tries to reach the Domain; the last one repeats
 REPEATS = (0.1, 0.3, 0.6)  # and between the tries of one request that a client waits for
 CALLER_FRESH = 60  # seconds for which the Domain's word on a key is believed
+DRAIN = 3  # seconds at SIGTERM in which the queue may still reach the Domain; the rest goes to overflow.db
 SESSION_SECONDS = 30 * 24 * 3600
 RETRY = b"retry: 2000\n\n"
 SSE_HEADERS = {
@@ -72,6 +76,10 @@ log = logging.getLogger("liminal.edge")
 # Every call is signed afresh with the scopes that the called operation names in the contract (a signature costs 26 us).
 
 
+def backoff():
+    return itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1]))
+
+
 class Edge:
     """What the handlers share: the replies being followed, the queue, the callers already known."""
 
@@ -80,8 +88,7 @@ class Edge:
         self.replies: dict[str, Reply] = {}
         self.clients: set[Client] = set()
         self.callers: dict[str, tuple[dict, float]] = {}
-        self.queue = asyncio.Queue(settings.queue_size)
-        self.unsettled = 0
+        self.queue = Queue(settings.queue_size, Database(settings.data / "overflow.db"), self.metrics)
         self.closing, self.tasks = False, set()
         self.http = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
@@ -90,7 +97,8 @@ class Edge:
         self.metrics.gauges = {
             "liminal_clients": lambda: len(self.clients),
             "liminal_replies": lambda: len(self.replies),
-            "liminal_queue_bundles": self.queue.qsize,
+            "liminal_queue_bundles": self.queue.memory.qsize,
+            "liminal_overflow_bundles": lambda: self.queue.rows,
         }
 
     def token(self, scopes: list[str]) -> str:
@@ -266,10 +274,11 @@ LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError)
 
 async def follow_run(edge: Edge, reply: Reply, response=None, reader=None) -> None:
     """Take in a reply's events until its `done`, over as many connections as it needs."""
-    waits = itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1]))
+    waits = backoff()
     while not reply.done:
         try:
             if response is None:
+                await bring_bundles(edge, reply)
                 response = await edge.open("domain_stream_message", message_id=reply.message_id, after=reply.position)
                 reader = read_events(edge, response)
                 edge.metrics.count("liminal_follows_total")
@@ -278,7 +287,7 @@ async def follow_run(edge: Edge, reply: Reply, response=None, reader=None) -> No
                 reply.heard_at = time.monotonic()
                 for event in events:
                     bundle(edge, reply, event, weight // len(events))
-                waits = itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1]))
+                waits = backoff()
         except LOST as error:
             log.info("the stream of %s broke off: %r", reply.message_id, error)
         except Problem as problem:
@@ -291,6 +300,14 @@ async def follow_run(edge: Edge, reply: Reply, response=None, reader=None) -> No
             response = reply.response = None
         if not reply.done:
             await asyncio.sleep(next(waits))
+
+
+async def bring_bundles(edge: Edge, reply: Reply) -> None:
+    """Before following anew: where the Domain was killed, it has only what we bring, and its `done` must not fall short of
+    what clients have seen."""
+    enqueue(edge, reply, "end")
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(edge.queue.brought(), DRAIN)
 
 
 def failed_end(reply: Reply, problem: Problem) -> dict:
@@ -364,47 +381,186 @@ def end_reply(edge: Edge, reply: Reply, done: dict) -> None:
 
 
 ################ The queue
-# Database bundles wait here for the Domain; nobody's stream ever waits for them. Storing is idempotent by position, so a
-# batch whose answer was lost is simply sent again.
+# Database bundles on their way to the Domain; nobody's stream ever waits for them. In memory while all is well; when that is
+# full, or the Domain is away, in overflow.db, from where they are replayed by themselves before anything newer. Storing is
+# idempotent by position, so a batch whose answer was lost is simply sent again.
+
+
+@dataclasses.dataclass(slots=True)
+class Waiting:
+    """A bundle in the queue. `id` gives the order, over memory and overflow.db; `age` counts from `created_at` (epoch s)."""
+
+    id: int
+    bundle: dict
+    bytes: int
+    created_at: float
+    tries: int = 0
+    where: str = "queue"
+
+    def row(self) -> dict:
+        known = {"id": self.id, "bytes": self.bytes, "created_at": self.created_at, "tries": self.tries}
+        return {**known, "message_id": self.bundle["message_id"], "bundle": encode_json(self.bundle)}
+
+
+class Queue:
+    """Bundles in their order. `take` gives the oldest batch; then either `settle` it or `keep` it."""
+
+    def __init__(self, limit: int, overflow: Database, metrics: Metrics):
+        self.limit, self.overflow, self.metrics = limit, overflow, metrics
+        self.memory, self.taken, self.arrived, self.moved = asyncio.Queue(limit), [], asyncio.Event(), asyncio.Event()
+        self.rows, self.newest = overflow.writer.execute(COUNT_OVERFLOW).fetchone()
+        self.settled = 0 if self.rows else self.newest  # everything up to this id has been brought
+        self.writing = 0  # bundles handed to overflow.db whose insert has not been answered
+
+    def put(self, bundle: dict, weight: int) -> None:
+        self.newest += 1
+        item = Waiting(self.newest, bundle, weight, time.time())
+        if self.rows or self.memory.full():
+            self.spill([item])
+        else:
+            self.memory.put_nowait(item)
+        self.arrived.set()
+
+    def spill(self, items: list[Waiting]) -> None:
+        """Send these, and whatever waits in memory, to overflow.db; where it refuses, too, they are left to the Domain."""
+        while not self.memory.empty():
+            items.append(self.memory.get_nowait())
+        if self.writing + len(items) > self.limit + BATCH_COUNT:
+            return self.leave(len(items))
+        self.rows, self.writing = self.rows + len(items), self.writing + len(items)
+        rows = [item.row() for item in items]
+        self.overflow.write(insert_overflow, rows).add_done_callback(functools.partial(self.spilled, len(items)))
+
+    def spilled(self, count: int, future: asyncio.Future) -> None:
+        self.writing -= count
+        if not future.cancelled() and (error := future.exception()):
+            self.rows -= count
+            self.leave(count)
+            log.error("overflow.db takes nothing: %s", error)
+
+    def leave(self, count: int) -> None:
+        """The Domain holds the runs, and stores by itself what nobody brings."""
+        self.metrics.count("liminal_left_to_domain_total", count)
+
+    async def take(self) -> list[Waiting]:
+        """The oldest batch: of overflow.db as long as anything waits there, else of memory, once something comes."""
+        while not self.taken:
+            if self.rows:
+                found = await self.overflow.write(select_overflow, BATCH_COUNT)  # in the writer's order, behind every insert
+                self.rows = self.rows if found else self.writing
+                self.taken = first_bytes(list(map(stored_item, found)))
+            elif not self.memory.empty():
+                held = [self.memory.get_nowait() for _ in range(min(BATCH_COUNT, self.memory.qsize()))]
+                self.taken = first_bytes(held)
+                for item in held[len(self.taken) :]:
+                    self.memory.put_nowait(item)
+            else:
+                self.arrived.clear()
+                await self.arrived.wait()
+        return self.taken
+
+    async def settle(self) -> None:
+        """The Domain has answered for the batch: only now is it forgotten."""
+        taken = self.taken
+        if taken[0].where == "overflow":
+            await self.overflow.write(delete_overflow, taken[-1].id)
+            self.rows -= len(taken)
+            self.metrics.count("liminal_replayed_total", len(taken))
+        self.taken, self.settled = [], taken[-1].id
+        self.moved.set()
+
+    async def keep(self) -> None:
+        """The Domain is away: the batch stays, on disk from now on."""
+        taken, self.taken = self.taken, []
+        for item in taken:
+            item.tries += 1
+        if taken and taken[0].where == "overflow":
+            await self.overflow.write(touch_overflow, taken[-1].id)
+        elif taken:
+            self.spill(taken)
+
+    async def brought(self) -> None:
+        """Wait until everything that is in the queue now has reached the Domain."""
+        newest = self.newest
+        while self.settled < newest:
+            self.moved.clear()
+            await self.moved.wait()
+
+    async def waiting(self, limit: int) -> list[dict]:
+        """What waits, oldest first."""
+        stored = map(stored_item, await self.overflow.read(select_overflow, limit))
+        held = [item for item in (*self.taken, *self.memory._queue) if item.where == "queue"]
+        return [describe(item) for item in sorted((*stored, *held), key=lambda item: item.id)[:limit]]
+
+
+def first_bytes(items: list[Waiting]) -> list[Waiting]:
+    """The items up to BATCH_BYTES, at least one."""
+    totals = itertools.accumulate(item.bytes for item in items)
+    return [item for item, total in zip(items, totals) if total - item.bytes < BATCH_BYTES]
+
+
+def stored_item(row) -> Waiting:
+    return Waiting(row["id"], json.loads(row["bundle"]), row["bytes"], row["created_at"], row["tries"], "overflow")
+
+
+def describe(item: Waiting) -> dict:
+    age = {"age_s": round(max(0.0, time.time() - item.created_at), 3), "tries": item.tries, "bytes": item.bytes}
+    return {"message_id": item.bundle["message_id"], "position": item.bundle["position"], "where": item.where, **age}
+
+
+COUNT_OVERFLOW = "select count(*), coalesce(max(id), 0) from overflow"
+
+
+def insert_overflow(db, rows: list[dict]) -> None:
+    sql = """insert into overflow (id, message_id, bundle, bytes, created_at, tries)
+             values (:id, :message_id, :bundle, :bytes, :created_at, :tries)"""
+    db.executemany(sql, rows)
+
+
+def select_overflow(db, limit: int) -> list:
+    sql = "select id, bundle, bytes, created_at, tries from overflow order by id limit :limit"
+    return db.execute(sql, {"limit": limit}).fetchall()
+
+
+def delete_overflow(db, last: int) -> None:
+    db.execute("delete from overflow where id <= :last", {"last": last})
+
+
+def touch_overflow(db, last: int) -> None:
+    db.execute("update overflow set tries = tries + 1 where id <= :last", {"last": last})
 
 
 def enqueue(edge: Edge, reply: Reply, cause: str) -> None:
     """Close the open database bundle and queue it."""
     if not reply.unstored:
         return
-    tokens, weight = len(reply.unstored), reply.unstored_bytes
-    item = {"message_id": reply.message_id, "position": reply.unstored_at, "parts": joined(reply.unstored)}
+    bundle = {"message_id": reply.message_id, "position": reply.unstored_at, "parts": joined(reply.unstored)}
     if reply.edge_ttft_ms is not None and not reply.told_ttft:
-        item["edge_ttft_ms"], reply.told_ttft = reply.edge_ttft_ms, True
-    reply.unstored, reply.unstored_at, reply.unstored_bytes = [], reply.position, 0
+        bundle["edge_ttft_ms"], reply.told_ttft = reply.edge_ttft_ms, True
     edge.metrics.count("liminal_bundles_total", consumer="database", cause=cause)
-    edge.metrics.observe("liminal_database_bundle_tokens", tokens)
-    try:
-        edge.queue.put_nowait((item, weight, time.monotonic()))
-    except asyncio.QueueFull:
-        edge.metrics.count("liminal_left_to_domain_total")  # it holds the run, and stores it itself after a while
+    edge.metrics.observe("liminal_database_bundle_tokens", len(reply.unstored))
+    edge.queue.put(bundle, reply.unstored_bytes)
+    reply.unstored, reply.unstored_at, reply.unstored_bytes = [], reply.position, 0
 
 
 async def drain(edge: Edge) -> None:
-    """Bring the queue to the Domain, in order, a batch at a time, until what was sent is settled."""
+    """Bring the queue to the Domain, in order, a batch at a time; no answer, or any other than a good one, keeps it."""
+    waits = backoff()
     while True:
-        batch = [await edge.queue.get()]
-        while not edge.queue.empty() and sum(weight for _, weight, _ in batch) < BATCH_BYTES:
-            batch.append(edge.queue.get_nowait())
-        edge.unsettled = len(batch)
-        waits = itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1]))
-        while True:
-            try:
-                await edge.ask("domain_store_bundles", body={"bundles": [item for item, _, _ in batch]})
-                break
-            except Problem as problem:
-                if problem.code not in ("domain_unavailable", "storage_full"):
-                    log.error("a batch of bundles was refused: %s", problem.message)
-                await asyncio.sleep(next(waits))
-        edge.unsettled = 0
-        for _, _, queued_at in batch:
-            edge.metrics.observe("liminal_queue_wait_seconds", time.monotonic() - queued_at)
-        await asyncio.sleep(BATCH_PAUSE)
+        try:
+            batch = await edge.queue.take()
+            await edge.ask("domain_store_bundles", body={"bundles": [item.bundle for item in batch]})
+            for item in batch:
+                edge.metrics.observe("liminal_queue_wait_seconds", time.time() - item.created_at)
+            await edge.queue.settle()
+            waits = backoff()
+            await asyncio.sleep(BATCH_PAUSE)
+        except Problem as problem:
+            if problem.code != "domain_unavailable":
+                log.error("a batch of bundles has to wait: %s", problem.message)
+            with contextlib.suppress(Problem):  # only the count of tries is lost
+                await edge.queue.keep()
+            await asyncio.sleep(next(waits))
 
 
 async def tend(edge: Edge) -> None:
@@ -485,7 +641,7 @@ async def events_after(edge: Edge, call: Call, message_id: str, position: int, r
 async def from_domain(edge: Edge, call: Call, message_id: str, position: int, begun: bool):
     """(encoded events, position behind them, whether that was `done`) straight from the Domain: until the end, or until the
     window of a running reply is reached. The Domain's backpressure is the client's own."""
-    waits = itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1]))
+    waits = backoff()
     while not edge.closing:
         response = None
         try:
@@ -691,6 +847,28 @@ async def delete_session(edge: Edge, call: Call):
 ################ Handlers: the server itself
 
 
+async def list_overflow(edge: Edge, call: Call):
+    found = await edge.queue.waiting(call.arguments["limit"])
+    left = edge.metrics.value("liminal_left_to_domain_total")
+    return {"waiting": found, "queue": edge.queue.memory.qsize(), "overflow": edge.queue.rows, "left_to_domain": int(left)}
+
+
+async def get_stats(edge: Edge, call: Call):
+    """Both servers' figures, as people ask for them."""
+    _, known = await edge.ask("domain_get_stats", call)
+    causes = {who: edge.metrics.by_label("liminal_bundles_total", "cause", consumer=who) for who in ("client", "database")}
+    zero = dict.fromkeys(("first", "size", "time", "end"), 0)
+    sizes = {f"{who}_tokens": edge.metrics.quantiles(f"liminal_{who}_bundle_tokens") for who in causes}
+    counts = {name: int(edge.metrics.value(f"liminal_{name}_total")) for name in ("replayed", "left_to_domain")}
+    waits = edge.metrics.quantiles("liminal_queue_wait_seconds", 1000)
+    queue = {"waiting": edge.queue.memory.qsize(), "overflow": edge.queue.rows, **counts, "wait_ms": waits}
+    ttft = {"provider": known.pop("provider_ttft_ms"), "domain": known.pop("domain_ttft_ms")}
+    ttft["edge"] = edge.metrics.quantiles("liminal_edge_ttft_seconds", 1000)
+    own = {name: int(edge.metrics.value(f"liminal_{name}_total")) for name in ("resumes", "cancellations")}
+    bundles = {**{who: zero | found for who, found in causes.items()}, **sizes}
+    return {"ttft_ms": ttft, "bundles": bundles, "queue": queue, "clients": len(edge.clients), **own, **known}
+
+
 async def health(edge: Edge, call: Call):
     """The Edge is well without the Domain, and says so."""
     try:
@@ -719,8 +897,10 @@ METRICS = {
     "liminal_clients": ("open streams", None),
     "liminal_replies": ("running replies that are followed", None),
     "liminal_queue_bundles": ("database bundles in the queue", None),
+    "liminal_overflow_bundles": ("database bundles in overflow.db", None),
+    "liminal_replayed_total": ("database bundles brought from overflow.db to the Domain", None),
     "liminal_bundles_total": ("bundles closed, by consumer and cause", None),
-    "liminal_left_to_domain_total": ("database bundles that found the queue full", None),
+    "liminal_left_to_domain_total": ("database bundles that neither queue nor overflow.db could take", None),
     "liminal_follows_total": ("times a reply was followed anew", None),
     "liminal_resumes_total": ("streams resumed after a position", None),
     "liminal_cancellations_total": ("replies cancelled", None),
@@ -738,7 +918,7 @@ OWN = (send_message, retry_message, stream_message, cancel_message, revoke_key, 
 
 async def make_app(settings: Settings) -> web.Application:
     edge = Edge(settings)
-    own = {fn.__name__: fn for fn in (*OWN, health, metrics)} | {"contract": contract_document}
+    own = {fn.__name__: fn for fn in (*OWN, list_overflow, get_stats, health, metrics)} | {"contract": contract_document}
     handlers = {name: functools.partial(fn, edge) for name, fn in (own | dict.fromkeys(FORWARDED, forward)).items()}
     app = make_application("edge", handlers, functools.partial(authenticate, edge), settings, edge.metrics)
     for work in (drain, tend, attach_at_start):
@@ -750,7 +930,7 @@ async def make_app(settings: Settings) -> web.Application:
 
 async def attach_at_start(edge: Edge) -> None:
     """Replies that ran while no Edge was there are followed again."""
-    for wait in itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1])):
+    for wait in backoff():
         try:
             return await attach_runs(edge)
         except Problem:
@@ -763,8 +943,8 @@ async def shut_down(edge: Edge) -> None:
     for reply in list(edge.replies.values()):
         enqueue(edge, reply, "end")
         reply.wake()
-    end = time.monotonic() + 3
-    while (edge.queue.qsize() or edge.unsettled) and time.monotonic() < end:
+    end = time.monotonic() + DRAIN
+    while time.monotonic() < end and (edge.queue.memory.qsize() or edge.queue.taken and not edge.queue.rows):
         await asyncio.sleep(0.02)
 
 
@@ -772,6 +952,8 @@ async def close(edge: Edge) -> None:
     for task in list(edge.tasks):
         task.cancel()
     await asyncio.gather(*edge.tasks, return_exceptions=True)
+    edge.queue.spill([item for item in edge.queue.taken if item.where == "queue"])
+    edge.queue.overflow.close()
     await edge.http.close()
 
 

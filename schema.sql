@@ -100,3 +100,16 @@ create table if not exists idempotency_keys (
   created_at text not null,
   primary key (user_id, key)
 ) without rowid;
+
+-- overflow.db: database bundles that the Edge could not bring to the Domain yet. Empty while all is well.
+pragma journal_mode = wal;
+pragma synchronous = full;
+
+create table if not exists overflow (
+  id integer primary key,
+  message_id text not null,
+  bundle text not null,
+  bytes integer not null,
+  created_at real not null,
+  tries integer not null default 0
+);
