@@ -1106,6 +1106,7 @@ class Client:
     def stream(self, method: str, path: str, body=None, position: int | None = None):
         """The events of one reply to its `done`, whatever happens to the connection; a note on standard error says so."""
         headers, message_id, lost_at = {"Idempotency-Key": str(uuid.uuid4())}, None, None
+        headers |= {"Last-Event-ID": str(position)} if position else {}
         while True:
             try:
                 for event, place in self.read_stream(method, path, body, headers):
@@ -1298,13 +1299,16 @@ def pump(events, inbox) -> None:
         inbox.put(error)
 
 
-def show(client: Client, events) -> dict:
+def show(client: Client, events, as_json: bool = False) -> dict:
     """Print a reply as it comes; returns its `done`. Ctrl-C cancels it, on the server too, and shows the receipt."""
-    terminal, message_id, column = sys.stdout.isatty(), None, ""
+    terminal, message_id, column = sys.stdout.isatty() and not as_json, None, ""
     try:
         for event in smooth(events) if terminal else events:
-            if event["type"] == "start":
-                message_id = event["message_id"]
+            message_id = event["message_id"] if event["type"] == "start" else message_id
+            if as_json:
+                say(encode_json(event))
+                if event["type"] == "done":
+                    return event
             elif event["type"] == "text":
                 say(event["text"], end="")
                 column = event["text"][-1]
@@ -1325,10 +1329,48 @@ def show(client: Client, events) -> dict:
             raise
         receipt = Client(client.settings).ask("POST", f"/api/v1/messages/{message_id}/cancel")
         client.close()
-        kept = f"{receipt['position']} characters kept" if receipt["position"] else "nothing had come"
-        note(f"{'stopped' if receipt['status'] == 'cancelled' else receipt['status']}: {kept}, message {message_id[:8]}")
+        note(receipt_words(receipt))
         return {"type": "done", **receipt, "error": None}
     raise Unreachable("the stream ended without an end")
+
+
+class Measure:
+    """Watches the events of one reply: when they came, how large they were, where they were thin."""
+
+    def __init__(self):
+        self.asked, self.first, self.last, self.gap = time.monotonic(), None, None, 0.0
+        self.texts, self.done, self.thread_id, self.message_id, self.position, self.faults = [], None, None, None, 0, []
+
+    def watch(self, events):
+        for event in events:
+            if event["type"] in PARTS:
+                came = time.monotonic()
+                self.gap = max(self.gap, came - self.last) if self.last else 0.0
+                self.first, self.last = self.first or came, came
+                self.position += size(event)
+                if event["type"] == "text":
+                    self.texts.append(event["text"])
+            elif event["type"] == "start":
+                self.thread_id, self.message_id = event["thread_id"], event["message_id"]
+            elif event["type"] == "done":
+                self.done = event
+            yield event
+
+    def ttft_ms(self) -> float | None:
+        return self.first and round((self.first - self.asked) * 1000, 1)
+
+    def rate(self) -> float | None:
+        tokens, seconds = (self.done or {}).get("usage"), (self.last or 0) - (self.first or 0)
+        return round(tokens["output_tokens"] / seconds, 1) if tokens and seconds > 0.001 else None
+
+    def figures(self, ttft: bool, rate: bool) -> dict:
+        """What is asked for, in ms and tokens/s; the hops' own figures are in `done`."""
+        timing = (self.done or {}).get("timing") or {}
+        hops = {f"ttft_{hop}_ms": timing.get(f"{hop}_ttft_ms") for hop in ("edge", "domain", "provider")}
+        sizes = [len(text) for text in self.texts]
+        bundles = {"bundles": len(sizes), "characters_per_bundle": round(sum(sizes) / len(sizes), 1) if sizes else None}
+        rates = {"tokens_per_s": self.rate(), **bundles, "longest_gap_ms": round(self.gap * 1000, 1)}
+        return {**({"ttft_client_ms": self.ttft_ms(), **hops} if ttft else {}), **(rates if rate else {})}
 
 
 def table(rows: list[tuple]) -> None:
@@ -1336,6 +1378,11 @@ def table(rows: list[tuple]) -> None:
     widths = [max(len(str(row[place])) for row in rows) for place in range(len(rows[0]))] if rows else []
     for row in rows:
         say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def receipt_words(receipt: dict) -> str:
+    kept = f"{receipt['position']} characters kept" if receipt["position"] else "nothing had come"
+    return f"{'stopped' if receipt['status'] == 'cancelled' else receipt['status']}: {kept}, message {receipt['message_id'][:8]}"
 
 
 def usage_words(usage: dict | None) -> str:
@@ -1373,6 +1420,9 @@ def arg(*names, **options):
     arg("-s", "--system", help="the system text of a new thread, or of this one reply"),
     arg("-c", "--continue", dest="again", action="store_true", help="go on with the newest thread"),
     arg("-t", "--thread", help="go on with this thread (an id, or 4 or more of its first characters)"),
+    arg("--json", action="store_true", help="the reply's events as JSON lines"),
+    arg("--measure-ttft", action="store_true", help="show the time to the first token, by hop"),
+    arg("--measure-token-rate", action="store_true", help="show token rate, bundles and gaps"),
 )
 def chat(settings: Settings, options) -> int:
     piped = "" if sys.stdin.isatty() else sys.stdin.read()
@@ -1390,25 +1440,29 @@ def chat(settings: Settings, options) -> int:
     fields = {"model": options.model, "system": options.system, "thread_id": thread_id}
     fields = {name: value for name, value in fields.items() if value is not None}
     if content:
-        done = send(client, content, fields)[0]
-        return 130 if done["status"] == "cancelled" else 1 if done["error"] else 0
-    return talk(client, fields)
+        return exit_code(send(client, content, fields, options)[0])
+    return talk(client, fields, options)
 
 
-def send(client: Client, content: str, fields: dict) -> tuple[dict, str | None]:
+def exit_code(done: dict) -> int:
+    return 130 if done["status"] == "cancelled" else 1 if done["error"] else 0
+
+
+def send(client: Client, content: str, fields: dict, options) -> tuple[dict, str | None]:
     """Send a message and show its reply: (its `done`, the thread's id). A reply that still runs there is shown first."""
     thread_id = fields.get("thread_id")
     if thread_id:
         attach_running(client, thread_id)
-    started = {}
-
-    def events():
-        for event in client.stream("POST", "/api/v1/messages", {"content": content, **fields}):
-            if event["type"] == "start":
-                started.update(event)
-            yield event
-
-    return show(client, events()), started.get("thread_id", thread_id)
+    seen = Measure()
+    events = seen.watch(client.stream("POST", "/api/v1/messages", {"content": content, **fields}))
+    done = show(client, events, options.json)
+    if options.measure_ttft or options.measure_token_rate:
+        figures = seen.figures(options.measure_ttft, options.measure_token_rate)
+        if options.json:
+            say(encode_json({"type": "measure", **figures}))
+        else:
+            note("\n".join(f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()))
+    return done, seen.thread_id or thread_id
 
 
 def attach_running(client: Client, thread_id: str) -> None:
@@ -1430,7 +1484,7 @@ def show_last_turn(client: Client, thread_id: str) -> None:
             say(message["content"].rstrip("\n"))
 
 
-def talk(client: Client, fields: dict) -> int:
+def talk(client: Client, fields: dict, options) -> int:
     """The interactive chat: one message after another in one thread, until the end of input."""
     try:
         import readline  # noqa: F401  (line editing, and a pasted block stays one message)
@@ -1446,7 +1500,7 @@ def talk(client: Client, fields: dict) -> int:
         if not content.strip():
             continue
         try:
-            _, fields["thread_id"] = send(client, content, fields)
+            _, fields["thread_id"] = send(client, content, fields, options)
             fields = {"thread_id": fields["thread_id"], **({"model": fields["model"]} if "model" in fields else {})}
         except KeyboardInterrupt:
             client.close()
@@ -1554,6 +1608,102 @@ def react(settings: Settings, options) -> int:
         found = client.ask("POST", path, {"emoji": options.emoji})
     say("  ".join(f"{one['emoji']} {one['count']}" for one in found["reactions"]) or "no reactions")
     return 0
+
+
+MESSAGE = arg("message", nargs="?", help="an id or its first characters; without one, the newest")
+
+
+def find_reply(client: Client, ref: str | None, running: bool = False) -> dict:
+    """A reply by its id, else the newest one that runs, else (where that will do) the newest reply of the newest thread."""
+    if ref:
+        return client.ask("GET", f"/api/v1/messages/{quote(ref)}")
+    runs = client.ask("GET", "/api/v1/runs")["runs"]
+    if runs:
+        return client.ask("GET", f"/api/v1/messages/{max(runs, key=lambda run: run['created_at'])['message_id']}")
+    threads = [] if running else client.ask("GET", "/api/v1/threads?limit=1")["threads"]
+    replies = [one for one in all_messages(client, threads[0]["id"]) if one["role"] == "assistant"] if threads else []
+    if not replies:
+        raise Problem("not_found", "no reply is being generated now" if running else "there is no reply yet")
+    return replies[-1]
+
+
+@command("runs", "list the replies being generated now", "liminal runs")
+def runs(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", "/api/v1/runs")["runs"]
+    table([(run["message_id"][:8], run["model"], f"at {run['position']}", local_time(run["created_at"])) for run in found])
+    return 0
+
+
+@command(
+    "attach",
+    "follow a reply, from its beginning or from now on",
+    "liminal attach 7be1",
+    MESSAGE,
+    arg("--from-now", action="store_true", help="only what comes from now on"),
+)
+def attach(settings: Settings, options) -> int:
+    client = connect(settings)
+    reply = find_reply(client, options.message)
+    position = reply["position"] if options.from_now else None
+    return exit_code(show(client, client.stream("GET", f"/api/v1/messages/{reply['id']}/stream", position=position)))
+
+
+@command("stop", "stop a reply; what came is kept", "liminal stop", MESSAGE)
+def stop(settings: Settings, options) -> int:
+    client = connect(settings)
+    reply = find_reply(client, options.message, running=True)
+    say(receipt_words(client.ask("POST", f"/api/v1/messages/{reply['id']}/cancel")))
+    return 0
+
+
+@command(
+    "retry",
+    "generate another reply to the same message",
+    "liminal retry -m ollama/llama3.2",
+    MESSAGE,
+    arg("-m", "--model", help="with this model (default: the same)"),
+)
+def retry(settings: Settings, options) -> int:
+    client = connect(settings)
+    body = {"model": options.model} if options.model else {}
+    path = f"/api/v1/messages/{find_reply(client, options.message)['id']}/retry"
+    return exit_code(show(client, client.stream("POST", path, body)))
+
+
+@command("overflow", "list database bundles that wait for the Domain", "liminal overflow", arg("--json", action="store_true"))
+def overflow(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", "/api/v1/overflow?limit=1000")
+    if options.json:
+        say(encode_json(found))
+        return 0
+    rows = [(one["message_id"][:8], f"at {one['position']}", f"{one['age_s']:.1f} s", f"{one['tries']} tries") for one in found["waiting"]]
+    table([(*row, one["where"]) for row, one in zip(rows, found["waiting"])])
+    say(f"{found['queue']} in the queue, {found['overflow']} in overflow.db, {found['left_to_domain']} left to the Domain")
+    return 0
+
+
+@command("stats", "figures of both servers: time to first token, rate, bundles, cost", "liminal stats", arg("--json", action="store_true"))
+def stats(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", "/api/v1/stats")
+    if options.json:
+        say(encode_json(found))
+        return 0
+    spread = lambda one: "  ".join(f"{name} {'-' if value is None else f'{value:g}'}" for name, value in one.items())
+    rows = [(f"ttft {hop}, ms up to", spread(found["ttft_ms"][hop])) for hop in ("provider", "domain", "edge")]
+    rows += [(f"{who} bundles by", spread(found["bundles"][who])) for who in ("client", "database")]
+    rows += [(f"{who} bundles, tokens", spread(found["bundles"][f"{who}_tokens"])) for who in ("client", "database")]
+    rows += [("queue", spread({name: n for name, n in found["queue"].items() if name != "wait_ms"}))]
+    rows += [("queue wait, ms up to", spread(found["queue"]["wait_ms"]))]
+    names = ("tokens", "tokens_per_s", "runs", "clients", "resumes", "cancellations")
+    table(rows + [(name.replace("_", " "), "-" if found[name] is None else found[name]) for name in names])
+    say("")
+    table([("model", "replies", "errors", "tokens in", "out", "cost"), *map(model_row, found["models"])])
+    return 0
+
+
+def model_row(one: dict) -> tuple:
+    cost = "-" if one["cost"] is None else f"${one['cost']:.4f}"
+    return one["model"], one["runs"], one["errors"], one["input_tokens"], one["output_tokens"], cost
 
 
 @command("models", "list what can be used now, and why not where it cannot", "liminal models")
@@ -1702,6 +1852,141 @@ def status(settings: Settings, options) -> int:
             rows.append((name, f"not running at {url}: `liminal up` starts it"))
     table(rows)
     return 0 if well else 3
+
+
+################ Breaking things on purpose
+# The same promises that the test suite checks, against any running system and model: every stream whole, in order, and equal
+# to what is stored. They make threads of their own, and delete them.
+
+LOAD = "demo/load-200-50"
+
+
+@command(
+    "test",
+    "measure and break a running system on purpose",
+    "liminal test network --simulate-disconnect --at-token 20 --times 3",
+    arg("what", choices=["concurrent", "network"], help="many streams at once, or dropped connections and killed servers"),
+    arg("-m", "--model", default=LOAD, help=f"the model to test with (default: {LOAD})"),
+    arg("--sessions", type=int, default=10, help="concurrent: how many at once"),
+    arg("--messages", type=int, default=1, help="concurrent: how many messages in each"),
+    arg("--simulate-disconnect", action="store_true", help="network: drop the connection and resume (always done)"),
+    arg("--at-token", type=int, default=20, help="network: drop it after so many words"),
+    arg("--times", type=int, default=1, help="network: drop it so often"),
+    arg("--kill", choices=["edge", "domain"], help="network: kill -9 this server in mid-reply, and start it again"),
+    arg("-y", "--yes", action="store_true", help="do not ask before killing"),
+    arg("--json", action="store_true", help="the figures as one JSON object"),
+)
+def test(settings: Settings, options) -> int:
+    client = connect(settings)
+    figures = test_concurrent(client, options) if options.what == "concurrent" else test_network(client, options)
+    if options.json:
+        say(encode_json(figures))
+    else:
+        table([(name.replace("_", " "), value) for name, value in figures.items() if name != "faults"])
+        for fault in figures["faults"]:
+            say(f"WRONG: {fault}")
+    return 1 if figures["faults"] else 0
+
+
+def compare_stored(client: Client, seen: Measure, text: str) -> list[str]:
+    """What is wrong with a finished stream, held against the message on disk and, for the load model, what must have come."""
+    stored = client.ask("GET", f"/api/v1/messages/{seen.message_id}")
+    faults = [] if stored["status"] == seen.done["status"] else [f"status {seen.done['status']} is stored as {stored['status']}"]
+    if sha256(stored["content"]) != sha256(text):
+        faults.append(f"{len(text)} characters came, {len(stored['content'])} others are stored")
+    load = re.fullmatch(r"demo/load-(\d+)-\d+", stored["model"])
+    whole = load and "".join(f" t{number}" for number in range(int(load[1])))
+    if load and (text != whole if stored["status"] == "complete" else not whole.startswith(text)):
+        faults.append("the text is not what the load model sent")
+    if stored["position"] != seen.position or seen.done["position"] != seen.position:
+        faults.append(f"position {seen.position} is stored as {stored['position']}, told as {seen.done['position']}")
+    return [f"message {seen.message_id[:8]}: {fault}" for fault in faults]
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_concurrent(client: Client, options) -> dict:
+    """Many sessions at once: every stream complete, ordered and equal to what is stored."""
+    seen, faults = [], []
+
+    def session():
+        own, body = Client(client.settings), {"content": "load test", "model": options.model}
+        try:
+            for _ in range(options.messages):
+                measure = Measure()
+                for _ in measure.watch(own.stream("POST", "/api/v1/messages", body)):
+                    pass
+                faults.extend(compare_stored(own, measure, "".join(measure.texts)))
+                if measure.done["status"] != "complete":
+                    faults.append(f"message {measure.message_id[:8]} ended as {measure.done['status']}")
+                body["thread_id"] = measure.thread_id
+                seen.append(measure)
+            own.ask("DELETE", f"/api/v1/threads/{body['thread_id']}")
+        except (Problem, Unreachable, OSError) as error:
+            faults.append(f"a session broke off: {error}")
+
+    threads = [threading.Thread(target=session, daemon=True) for _ in range(options.sessions)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        progress(len(seen), options.sessions * options.messages)
+        threads[-1].join(0.2) if threads[-1].is_alive() else time.sleep(0.2)
+    progress(None, 0)
+    if len(seen) < options.sessions * options.messages and not faults:
+        faults.append(f"only {len(seen)} of {options.sessions * options.messages} messages came through")
+    seconds, tokens = time.monotonic() - began, sum((one.done["usage"] or {}).get("output_tokens", 0) for one in seen)
+    ttft = sorted(one.ttft_ms() for one in seen if one.first)
+    figures = {"messages": len(seen), "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds, 1)}
+    figures |= {f"ttft_p{int(q * 100)}_ms": ttft[min(len(ttft) - 1, int(q * len(ttft)))] if ttft else None for q in (0.5, 0.95, 0.99)}
+    return {**figures, "longest_gap_ms": round(max((one.gap for one in seen), default=0) * 1000, 1), "faults": faults}
+
+
+def test_network(client: Client, options) -> dict:
+    """One reply whose connection is dropped again and again, and resumed: nothing lost, nothing twice."""
+    if options.kill and not (pid := holder(client.settings, options.kill)):
+        raise Problem("invalid_request", f"the {options.kill} of {client.settings.data} does not run here: there is nothing to kill")
+    if options.kill and not options.yes:
+        if not sys.stdin.isatty() or input(f"kill -9 the {options.kill}, process {pid}? [y/N] ").strip().lower() != "y":
+            raise Problem("invalid_request", "nothing was killed (-y does not ask)")
+    seen, drops, began = Measure(), 0, time.monotonic()
+    method, path, body = "POST", "/api/v1/messages", {"content": "network test", "model": options.model}
+    while not seen.done:
+        place = str(seen.position) if seen.message_id else None
+        for event in seen.watch(client.stream(method, path, body, position=place)):
+            if drops < options.times and len("".join(seen.texts).split()) >= options.at_token * (drops + 1):
+                drops += 1
+                break
+        client.close()
+        progress(drops, options.times)
+        method, path, body = "GET", f"/api/v1/messages/{seen.message_id}/stream", None
+        if options.kill and drops == options.times and not seen.done:
+            kill_and_start(client.settings, options.kill)
+            options.kill = None
+    progress(None, 0)
+    faults = compare_stored(client, seen, "".join(seen.texts))
+    if drops < options.times:
+        faults.append(f"the reply was over after {drops} drops: take a smaller --at-token or a longer reply")
+    client.ask("DELETE", f"/api/v1/threads/{seen.thread_id}")
+    figures = {"drops": drops, "status": seen.done["status"], "characters": seen.position, "seconds": round(time.monotonic() - began, 2)}
+    return {**figures, "sha256": sha256("".join(seen.texts))[:16], "faults": faults}
+
+
+def kill_and_start(settings: Settings, name: str) -> None:
+    """kill -9 a server of this data folder, and start it again."""
+    os.kill(holder(settings, name), signal.SIGKILL)
+    while holder(settings, name):
+        time.sleep(0.01)
+    start_servers(settings)
+
+
+def progress(done: int | None, of: int) -> None:
+    """A bar on standard error while it is a terminal; None clears it."""
+    if sys.stderr.isatty():
+        bar = "" if done is None else f"[{'#' * (30 * done // max(1, of)):<30}] {done}/{of}"
+        print(f"\r\x1b[K{bar}", end="", file=sys.stderr, flush=True)
 
 
 def make_parser() -> argparse.ArgumentParser:
