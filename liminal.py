@@ -10,7 +10,6 @@ A token's way: provider -> liminal_domain.py: read_provider, run, record, stream
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -24,12 +23,10 @@ import queue
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import unicodedata
 import urllib.parse
 import uuid
 
@@ -62,6 +59,7 @@ class Settings:
     context: int = setting("LIMINAL_CONTEXT", 100_000, "tokens that a prompt may hold, estimated at 3 bytes each")
     mcp: pathlib.Path = setting("LIMINAL_MCP", None, "file that names the MCP servers (default: data/mcp.json)")
     files_root: str = setting("LIMINAL_FILES_ROOT", str(HERE), "folders that file tools may read, joined by ':'")
+    tool_rounds: int = setting("LIMINAL_TOOL_ROUNDS", 10, "times that a reply may call tools and go on")
     queue_size: int = setting("LIMINAL_QUEUE_SIZE", 1_000, "database bundles that the Edge holds in memory")
     provider_timeouts: str = setting("LIMINAL_PROVIDER_TIMEOUTS", "600,120", "seconds to a provider's first byte, and between two")
     check_events: bool = setting("LIMINAL_CHECK_EVENTS", False, "1: check every event against the contract (for tests)")
@@ -1301,7 +1299,7 @@ def pump(events, inbox) -> None:
 
 def show(client: Client, events, as_json: bool = False) -> dict:
     """Print a reply as it comes; returns its `done`. Ctrl-C cancels it, on the server too, and shows the receipt."""
-    terminal, message_id, column = sys.stdout.isatty() and not as_json, None, ""
+    terminal, message_id, column, calls = sys.stdout.isatty() and not as_json, None, "", {}
     try:
         for event in smooth(events) if terminal else events:
             message_id = event["message_id"] if event["type"] == "start" else message_id
@@ -1312,6 +1310,13 @@ def show(client: Client, events, as_json: bool = False) -> dict:
             elif event["type"] == "text":
                 say(event["text"], end="")
                 column = event["text"][-1]
+            elif event["type"] == "tool_call":
+                calls[event["tool_call_id"]] = event, time.monotonic()
+            elif event["type"] == "tool_result":
+                if column not in ("", "\n"):
+                    say("")
+                    column = "\n"
+                note(call_words(*calls.get(event["tool_call_id"], (event, time.monotonic())), event))
             elif event["type"] == "done":
                 if column not in ("", "\n"):
                     say("")
@@ -1380,6 +1385,14 @@ def table(rows: list[tuple]) -> None:
         say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
+def call_words(call: dict, began: float, result: dict) -> str:
+    """A line for one tool call: name, short arguments, duration, size of the result, and what went wrong."""
+    arguments = encode_json(call.get("arguments", {}))
+    short = arguments if len(arguments) <= 80 else arguments[:77] + "..."
+    words = f"· {call['name']} {short} · {time.monotonic() - began:.1f} s · {len(result['text'])} characters"
+    return words + (f" · failed: {result['text'][:300]}" if result["is_error"] else "")
+
+
 def receipt_words(receipt: dict) -> str:
     kept = f"{receipt['position']} characters kept" if receipt["position"] else "nothing had come"
     return f"{'stopped' if receipt['status'] == 'cancelled' else receipt['status']}: {kept}, message {receipt['message_id'][:8]}"
@@ -1420,6 +1433,9 @@ def arg(*names, **options):
     arg("-s", "--system", help="the system text of a new thread, or of this one reply"),
     arg("-c", "--continue", dest="again", action="store_true", help="go on with the newest thread"),
     arg("-t", "--thread", help="go on with this thread (an id, or 4 or more of its first characters)"),
+    arg("--tools", action=argparse.BooleanOptionalAction, default=True, help="offer tools to the model (see `liminal tools`)"),
+    arg("-T", dest="patterns", action="append", metavar="PATTERN", help="offer only tools that match, as in 'git__*' (repeatable)"),
+    arg("--allow", action="append", metavar="PATTERN", help="allow these tools for this run (repeatable)"),
     arg("--json", action="store_true", help="the reply's events as JSON lines"),
     arg("--measure-ttft", action="store_true", help="show the time to the first token, by hop"),
     arg("--measure-token-rate", action="store_true", help="show token rate, bundles and gaps"),
@@ -1438,6 +1454,7 @@ def chat(settings: Settings, options) -> int:
         if threads and not content:
             show_last_turn(client, thread_id)
     fields = {"model": options.model, "system": options.system, "thread_id": thread_id}
+    fields |= {"tools": options.patterns if options.tools else False, "allow": options.allow}
     fields = {name: value for name, value in fields.items() if value is not None}
     if content:
         return exit_code(send(client, content, fields, options)[0])
@@ -1501,7 +1518,7 @@ def talk(client: Client, fields: dict, options) -> int:
             continue
         try:
             _, fields["thread_id"] = send(client, content, fields, options)
-            fields = {"thread_id": fields["thread_id"], **({"model": fields["model"]} if "model" in fields else {})}
+            fields.pop("system", None)  # it is the thread's own by now
         except KeyboardInterrupt:
             client.close()
         except Problem as problem:
@@ -1711,6 +1728,23 @@ def models(settings: Settings, options) -> int:
     found = connect(settings).ask("GET", "/api/v1/models")["models"]
     table([("*" if one["default"] else " ", one["id"], "" if one["available"] else f"no: {one['why']}") for one in found])
     return 0
+
+
+@command("tools", "list MCP servers and their tools, and which are allowed", "liminal tools")
+def tools(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", "/api/v1/tools")
+    if found["why"]:
+        note(found["why"])
+    for server in found["servers"]:
+        say(f"{server['name']}: {server['state']}" + (f" ({server['why']})" if server["why"] else ""))
+        rows = [(f"  {tool['name']}", "allowed" if tool["allowed"] else "refused", first_line(tool)) for tool in server["tools"]]
+        table(rows)
+    return 0
+
+
+def first_line(tool: dict) -> str:
+    words = (tool["description"] if tool["allowed"] else tool["why"]).strip().split("\n")[0]
+    return words if len(words) <= 150 else words[:147] + "..."
 
 
 @command(

@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
+import contextvars
 import dataclasses
+import errno
 import fnmatch
 import functools
 import hashlib
@@ -19,11 +21,14 @@ import importlib
 import itertools
 import json
 import logging
+import os
 import pathlib
 import random
 import re
 import secrets
+import signal
 import sqlite3
+import stat
 import sys
 import time
 import urllib.parse
@@ -234,7 +239,9 @@ def insert_exchange(db, messages: list[dict], texts: dict[str, list], key: dict)
         sql = """insert into messages (id, thread_id, user_id, number, parent_id, role, model, status, created_at, completed_at)
                  values (:id, :thread_id, :user_id, :number, :parent_id, :role, :model, :status, :created_at, :completed_at)"""
         db.execute(sql, message)
-        append_parts(db, message["id"], 0, texts.get(message["id"], []))
+        if message["id"] in texts:
+            append_parts(db, message["id"], 0, texts[message["id"]])
+            index_text(db, message["id"])
     sql = """insert into idempotency_keys (user_id, key, request_hash, message_id, created_at)
              values (:user_id, :key, :request_hash, :message_id, :created_at)"""
     db.execute(sql, key)
@@ -288,6 +295,8 @@ def lengthen(db, bundles: list[dict]) -> dict:
             stored[bundle["message_id"]] = "gone"
         elif row["status"] in ("pending", "streaming") or row["code"] == "interrupted":
             stored[bundle["message_id"]] = append_parts(db, bundle["message_id"], bundle["position"], bundle["parts"])
+            if row["code"] == "interrupted":
+                index_text(db, bundle["message_id"])
         else:
             stored[bundle["message_id"]] = row["position"]
         if row and "edge_ttft_ms" in bundle:
@@ -304,6 +313,7 @@ def finish_message(db, message_id: str, position: int, parts: list[dict], done: 
              timing = json_patch(coalesce(timing, '{}'), :timing), completed_at = :completed_at where id = :id"""
     columns = {name: done[name] and encode_json(done[name]) for name in ("usage", "timing", "error")}
     db.execute(sql, {"id": message_id, **pick(done, "status", "stop_reason"), **columns, "completed_at": now()})
+    index_text(db, message_id)
 
 
 def interrupt_unfinished(db, error: dict) -> int:
@@ -322,6 +332,26 @@ def sum_models(db, user_id: str) -> list[dict]:
              sum(json_extract(usage, '$.cost')) as cost
              from messages where user_id = :user_id and role = 'assistant' group by model order by runs desc, model"""
     return [dict(row) for row in db.execute(sql, {"user_id": user_id})]
+
+
+def index_text(db, message_id: str) -> None:
+    """Make a finished message's text searchable, once more where it has grown."""
+    row = db.execute("select seq, user_id from messages where id = :id", {"id": message_id}).fetchone()
+    parts = [part for page in read_chunks(db, message_id, 0, -1) for part in page if part["type"] == "text"]
+    db.execute("delete from message_texts where rowid = :seq", {"seq": row["seq"]})
+    sql = "insert into message_texts (rowid, content) values (:seq, :content)"
+    db.execute(sql, {"seq": row["seq"], "content": "".join(part["text"] for part in parts)})
+
+
+def search_texts(db, user_id: str, query: str, limit: int) -> list[dict]:
+    """A user's messages that hold all the words, best first. Each word is quoted, so that no input is a syntax error."""
+    words = " ".join('"' + word.replace('"', '""') + '"' for word in query.replace("\0", " ").split())
+    if not words:
+        return []
+    sql = """select id as message_id, thread_id, role, created_at, snippet(message_texts, 0, char(2), char(3), ' … ', 24) as snippet
+             from message_texts join messages on messages.seq = message_texts.rowid
+             where message_texts match :words and user_id = :user_id order by rank limit :limit"""
+    return [dict(row) for row in db.execute(sql, {"words": words, "user_id": user_id, "limit": limit})]
 
 
 def find_message(db, user_id: str | None, ref: str):
@@ -380,6 +410,8 @@ def newest_finished(db, thread_id: str) -> str | None:
 
 
 def remove_messages(db, threads: list[str]) -> None:
+    sql = "delete from message_texts where rowid in (select seq from messages where thread_id = :id)"
+    db.executemany(sql, [{"id": thread} for thread in threads])
     db.executemany("delete from messages where thread_id = :id", [{"id": thread} for thread in threads])
 
 
@@ -663,6 +695,8 @@ async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> A
         body["system"] = [{"type": "text", "text": request["system"], "cache_control": {"type": "ephemeral"}}]
     if request["temperature"] is not None:
         body["temperature"] = request["temperature"]
+    if request["tools"]:
+        body["tools"] = [anthropic_tool(tool) for tool in request["tools"].values()]
     try:
         async with client.messages.with_streaming_response.create(**body, extra_body=request["options"]) as response:
             kind = response.headers.get("content-type", "")
@@ -764,6 +798,10 @@ def anthropic_block(part: dict) -> dict:
     return {"type": "text", "text": part["text"]}
 
 
+def anthropic_tool(tool: Tool) -> dict:
+    return {"name": tool.wire_name, "description": tool.description, "input_schema": tool.schema}
+
+
 def mark_cached(messages: list[dict]) -> list[dict]:
     """With the last block of the prompt marked, so that the next turn reads this one from the provider's cache."""
     *content, last = messages[-1]["content"]
@@ -782,6 +820,7 @@ async def read_openai(domain: Domain, provider: Provider, request: dict) -> Asyn
         "stream_options": {"include_usage": True},
         **({limit: request["max_tokens"]} if request["max_tokens"] else {}),
         **({"temperature": request["temperature"]} if request["temperature"] is not None else {}),
+        **({"tools": [openai_tool(tool) for tool in request["tools"].values()]} if request["tools"] else {}),
         **request["options"],
     }
     headers = {"Authorization": f"Bearer {provider.key}"} if provider.key else {}
@@ -873,8 +912,17 @@ def openai_messages(system: str | None, messages: list[dict]) -> list[dict]:
             calls = [openai_call(part) for part in said if part["type"] == "tool_call"]
             if text or calls:
                 made.append({"role": message["role"], "content": text or None, **({"tool_calls": calls} if calls else {})})
-            made += [{"role": "tool", "tool_call_id": part["tool_call_id"], "content": part["text"]} for part in results]
+            made += map(openai_result, results)
     return made
+
+
+def openai_result(part: dict) -> dict:
+    return {"role": "tool", "tool_call_id": part["tool_call_id"], "content": part["text"] or "(empty)"}
+
+
+def openai_tool(tool: Tool) -> dict:
+    function = {"name": tool.wire_name, "description": tool.description[:1024], "parameters": tool.schema}
+    return {"type": "function", "function": function}
 
 
 def openai_call(part: dict) -> dict:
@@ -899,15 +947,26 @@ GUIDE_RATE = 60  # tokens per second, about what a fast model does
 
 
 async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
-    """Offline: `guide` says what this is and how to set a real key, `load-<tokens>-<rate>` streams numbered tokens."""
+    """Offline: `guide` says what this is and how to set a real key, and reads a file when told to, so that tools can be tried;
+    `load-<tokens>-<rate>` streams numbered tokens."""
     kind, *numbers = request["model"].split("-")
+    said = "".join(part.get("text", "") for part in request["messages"][-1]["parts"])
+    prompt = sum(part_tokens(part) for message in request["messages"] for part in message["parts"])
+    asked = re.search(r"(?i)\bread\b.*?([\w./-]*\w\.\w+)", said)
+    if kind == "guide" and asked and not request["rounds"] and "liminal__file_read" in request["tools"]:
+        call = {"tool_call_id": f"demo_{secrets.token_hex(4)}", "name": "liminal__file_read", "arguments": {"path": asked[1]}}
+        usage = {"input_tokens": prompt, "cached_tokens": 0, "output_tokens": part_tokens(call)}
+        yield [{"type": "usage", **usage}, {"type": "tool_call", **call}]
+        yield [{"type": "end", "stop_reason": "tool_use", "blocks": {}}]
+        return
     if kind == "load":
         count, rate = int(numbers[0]), float(numbers[1])
         tokens = (f" t{number}" for number in range(count))
     else:
-        rate, tokens = GUIDE_RATE, re.findall(r"\S+\s*|\s+", GUIDE)
+        results = [one["content"] for one in request["rounds"] if one.get("role") == "tool"]
+        text = f"The demo has read the file, which begins:\n\n{results[-1][:500]}\n" if results else GUIDE
+        rate, tokens = GUIDE_RATE, re.findall(r"\S+\s*|\s+", text)
         count = len(tokens)
-    prompt = sum(part_tokens(part) for message in request["messages"] for part in message["parts"])
     yield [{"type": "usage", "input_tokens": prompt, "cached_tokens": 0, "output_tokens": count}]
     begun, sent, tokens = time.monotonic(), 0, iter(tokens)
     while sent < count:
@@ -916,7 +975,7 @@ async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncI
             yield [{"type": "text", "text": token} for token in itertools.islice(tokens, due - sent)]
             sent = due
         await asyncio.sleep(max(0, begun + sent / rate - time.monotonic()) if rate else 0)
-    yield [{"type": "end", "stop_reason": "end_turn", "blocks": []}]
+    yield [{"type": "end", "stop_reason": "end_turn", "blocks": {}}]
 
 
 READERS = {"anthropic": read_anthropic, "openai": read_openai, "demo": read_demo}
@@ -985,6 +1044,474 @@ async def find_model(domain: Domain, name: str | None) -> tuple[Provider, str]:
     return provider, model
 
 
+################ Tools
+# All tools are MCP tools, our own too (an in-process server named `liminal`), so that there is one path. A server is started
+# when a reply first needs it, lives in one task, and is started anew after it has died. Whatever a server does, it costs one
+# call, never the reply. What a tool says is data: it cannot widen what is allowed, since only names are judged.
+
+TOOL_CONNECT, TOOL_CALL = 15.0, 60.0  # seconds; a server's `connect_timeout` and `call_timeout` in mcp.json change them
+TOOL_LIST = 3.0  # seconds to list the tools anew at a reply; then the last list stands
+TOOL_LINE = 16 << 20  # bytes of one message of a server; a longer one ends it, before it fills the memory
+TOOL_TEXT = 50_000  # characters of a result that the model and the thread get
+TOOL_BACKOFF = (1, 2, 5, 15, 60)  # seconds between two starts of a server that dies
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    server: ToolServer
+    name: str
+    description: str
+    schema: dict
+    read_only: bool
+
+    @property
+    def full_name(self) -> str:
+        """`server__tool`: what patterns are matched with and people see."""
+        return f"{self.server.name}__{self.name}"
+
+    @property
+    def wire_name(self) -> str:
+        """The full name as both wire formats take it: 64 letters, digits, `_` and `-`."""
+        plain = re.sub(r"[^A-Za-z0-9_-]", "_", self.full_name)
+        digest = hashlib.sha256(self.full_name.encode()).hexdigest()[:8]
+        return plain if plain == self.full_name and len(plain) <= 64 else f"{plain[:55]}_{digest}"
+
+
+class ToolServer:
+    """One MCP server. `state` is starting, running or failed, `why` what was wrong last."""
+
+    def __init__(self, name: str, config: dict, target):
+        self.name, self.config, self.target = name, config, target
+        self.state, self.why, self.tools, self.client = "starting", None, [], None
+        self.connect_timeout = float(config.get("connect_timeout") or TOOL_CONNECT)
+        self.call_timeout = float(config.get("call_timeout") or TOOL_CALL)
+        self.settled, self.broken = asyncio.Event(), asyncio.Event()
+        self.task = asyncio.create_task(self.live())
+
+    async def live(self) -> None:
+        """Enter the client, stay until it breaks, leave it: all in this one task, as the SDK needs it."""
+        for wait in itertools.chain(TOOL_BACKOFF, itertools.repeat(TOOL_BACKOFF[-1])):
+            self.broken.clear()
+            begun = time.monotonic()
+            try:
+                async with contextlib.AsyncExitStack() as stack:
+                    async with asyncio.timeout(self.connect_timeout):
+                        self.client = await stack.enter_async_context(self.target(self))
+                        self.tools = await self.list_tools()
+                    self.state, self.why = "running", None
+                    self.settled.set()
+                    await self.broken.wait()
+            except asyncio.CancelledError:
+                raise
+            except TimeoutError:
+                self.why = f"it did not answer within {self.connect_timeout:g} s of its start"
+            except BaseException as error:  # whatever the SDK raises, groups of exceptions included, is this server's fault
+                self.why = plain_error(error)
+            self.state, self.client = "failed", None
+            self.settled.set()
+            log.warning("the MCP server %s is not running: %s", self.name, self.why or "it ended")
+            if time.monotonic() - begun < 60:
+                await asyncio.sleep(wait)
+
+    async def list_tools(self) -> list[Tool]:
+        found, cursor = [], None
+        while True:
+            page = await self.client.list_tools(cursor=cursor, cache_mode="bypass")
+            for tool in page.tools:
+                hints = tool.annotations
+                read_only = bool(hints and hints.read_only_hint)
+                found.append(Tool(self, tool.name, tool.description or "", tool.input_schema, read_only))
+            cursor = page.next_cursor
+            if not cursor or len(found) > 1000:
+                return found
+
+    async def refresh(self) -> list[Tool]:
+        """The tools as they are now: a server may change them at any time."""
+        await self.settled.wait()
+        if self.state == "running":
+            try:
+                self.tools = await asyncio.wait_for(self.list_tools(), TOOL_LIST)
+            except Exception as error:
+                self.fail(error)
+        return self.tools if self.state == "running" else []
+
+    async def call(self, name: str, arguments: dict) -> tuple[str, bool]:
+        """(text, is_error) of one call. It runs in a task of its own, which a cancelled reply does not wait for."""
+        task = asyncio.create_task(self.client.call_tool(name, arguments))
+        try:
+            done, _ = await asyncio.wait([task], timeout=self.call_timeout)
+            if not done:
+                return f"{self.name} did not answer within {self.call_timeout:g} s", True
+            result = task.result()
+            return result_text(result), result.is_error
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self.fail(error)
+            return f"the call failed: {plain_error(error)}", True
+        finally:
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def fail(self, error: Exception) -> None:
+        """Start anew where the connection is gone, rather than where the server only refused."""
+        code = getattr(getattr(error, "error", None), "code", None)
+        if code == -32000 or code is None and not isinstance(error, TimeoutError):
+            self.why, self.state = plain_error(error), "failed"
+            self.broken.set()
+
+
+def plain_error(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{error}".strip().splitlines()[0][:300] if f"{error}".strip() else type(error).__name__
+
+
+def result_text(result) -> str:
+    """A result as text: what is no text is named, not hidden; what is too long is cut, and says so."""
+    pieces = []
+    for block in result.content:
+        if block.type == "text":
+            pieces.append(block.text)
+        elif block.type in ("image", "audio"):
+            pieces.append(f"[{block.type} {block.mime_type}, {len(block.data) * 3 // 4} bytes, not shown]")
+        elif block.type == "resource" and getattr(block.resource, "text", None) is not None:
+            pieces.append(f"[resource {block.resource.uri}]\n{block.resource.text}")
+        elif block.type == "resource":
+            pieces.append(f"[resource {block.resource.uri}, {len(block.resource.blob) * 3 // 4} bytes, not shown]")
+        else:
+            pieces.append(f"[{block.type} {getattr(block, 'uri', '')}]")
+    if not pieces and result.structured_content is not None:
+        pieces.append(encode_json(result.structured_content))
+    text = valid("\n".join(pieces))
+    left_out = len(text) - TOOL_TEXT
+    return text if left_out <= 0 else f"{text[:TOOL_TEXT]}\n[cut: {left_out} of {len(text)} characters left out]"
+
+
+class Tools:
+    """The servers of mcp.json and our own, and what is allowed. Read again at a reply when the file has changed."""
+
+    def __init__(self, domain: Domain):
+        self.domain, self.servers, self.permissions, self.seen, self.why = domain, {}, {"allow": [], "deny": []}, None, None
+
+    def reload(self) -> None:
+        path = self.domain.settings.mcp
+        if self.seen == (seen := stamp(path)) and self.servers:
+            return
+        self.seen, self.why = seen, None
+        try:
+            config = json.loads(path.read_text()) if seen else {}
+            wanted = {name: one for name, one in config.get("mcpServers", {}).items() if not one.get("disabled")}
+            permissions = {kind: [str(one) for one in config.get("permissions", {}).get(kind, [])] for kind in ("allow", "deny")}
+            for name, one in wanted.items():
+                if name == "liminal" or not (isinstance(one.get("command"), str) or isinstance(one.get("url"), str)):
+                    raise ValueError(f"the server {name!r} needs a name of its own and a command or a url")
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            self.why = f"{path} cannot be used: {error}"  # what ran before goes on: half a change must not stop a server
+            log.error("%s", self.why)
+            wanted, permissions = {name: one.config for name, one in self.servers.items() if name != "liminal"}, self.permissions
+        self.permissions = permissions
+        for name in [name for name, one in self.servers.items() if name != "liminal" and wanted.get(name) != one.config]:
+            self.servers.pop(name).task.cancel()
+        for name, one in wanted.items():
+            if name not in self.servers:
+                self.servers[name] = ToolServer(name, one, http_client if "url" in one else stdio_client)
+        if "liminal" not in self.servers:
+            self.servers["liminal"] = ToolServer("liminal", {}, functools.partial(own_client, self.domain))
+
+    async def offered(self, patterns: list[str] | None) -> dict[str, Tool]:
+        """The tools of all servers by their wire names, or those that match the patterns; the servers start in parallel."""
+        await import_later("mcp")
+        self.reload()
+        found = await asyncio.gather(*[server.refresh() for server in self.servers.values()])
+        chosen = [tool for tools in found for tool in tools if patterns is None or matches(tool, patterns)]
+        return {tool.wire_name: tool for tool in chosen}
+
+    def refusal(self, tool: Tool, allow: list[str]) -> str | None:
+        """None where the tool may be called, else why not and what to add. Deny beats allow; reading is allowed by itself."""
+        if matches(tool, self.permissions["deny"]):
+            return f"{tool.full_name} is denied in {self.domain.settings.mcp} (permissions.deny)"
+        if tool.read_only or matches(tool, self.permissions["allow"]) or matches(tool, allow):
+            return None
+        line = encode_json({"permissions": {"allow": [f"{tool.server.name}__*"]}})
+        return f"{tool.full_name} is not allowed: add {line} to {self.domain.settings.mcp}, or for one run --allow '{tool.full_name}'"
+
+    async def close(self) -> None:
+        for server in self.servers.values():
+            server.task.cancel()
+        await asyncio.wait([server.task for server in self.servers.values()], timeout=3) if self.servers else None
+
+
+def matches(tool: Tool, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(tool.full_name, pattern) for pattern in patterns)
+
+
+def stdio_client(server: ToolServer):
+    import mcp
+
+    return mcp.Client(StdioTransport(server), read_timeout_seconds=server.call_timeout)
+
+
+class StdioTransport:
+    """A child process as an MCP transport: ours, because a line is bounded (the SDK would take 100 MB in one), garbage between
+    messages is passed over, and no child outlives the Domain."""
+
+    def __init__(self, server: ToolServer):
+        self.server, self.tasks = server, []
+
+    async def __aenter__(self):
+        import anyio
+
+        config = self.server.config
+        self.process = await asyncio.create_subprocess_exec(
+            config["command"],
+            *map(str, config.get("args") or ()),
+            env={**child_environment(), **{name: str(value) for name, value in (config.get("env") or {}).items()}},
+            cwd=config.get("cwd"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=None,  # the Domain's own log
+            limit=TOOL_LINE,
+            start_new_session=True,
+            preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+        )
+        self.inbox, read = anyio.create_memory_object_stream(0)
+        write, self.outbox = anyio.create_memory_object_stream(0)
+        self.tasks = [asyncio.create_task(work) for work in (self.read(), self.write())]
+        return read, write
+
+    async def read(self) -> None:
+        from mcp.shared.message import SessionMessage
+        from mcp_types import jsonrpc_message_adapter
+
+        async with self.inbox:
+            while line := await self.read_line():
+                try:
+                    await self.inbox.send(SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False)))
+                except ValueError:
+                    log.warning("the MCP server %s wrote what is no message: %.100r", self.server.name, line)
+
+    async def read_line(self) -> bytes:
+        try:
+            return await self.process.stdout.readline()
+        except (ValueError, OSError):
+            log.warning("the MCP server %s wrote a message of more than %d bytes and was ended", self.server.name, TOOL_LINE)
+            self.kill()
+            return b""
+
+    async def write(self) -> None:
+        with contextlib.suppress(OSError):
+            async with self.outbox:
+                async for message in self.outbox:
+                    text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+                    self.process.stdin.write(text.encode() + b"\n")
+                    await self.process.stdin.drain()
+
+    def kill(self) -> None:
+        """The whole session of the child: its own children, too."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    async def __aexit__(self, *_) -> None:
+        """As the protocol asks: close its standard input, wait a moment, then end it."""
+        self.process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await self.process.wait()
+        self.kill()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def child_environment() -> dict[str, str]:
+    """What a child needs to run, and no key."""
+    from mcp.client.stdio import get_default_environment
+
+    return get_default_environment()
+
+
+def die_with_parent():
+    """Runs in the child before the command: the kernel ends it when we end, however that happens."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextlib.asynccontextmanager
+async def http_client(server: ToolServer):
+    import httpx2
+    import mcp
+    from mcp.client.streamable_http import streamable_http_client
+
+    timeout = httpx2.Timeout(server.call_timeout, connect=server.connect_timeout)
+    async with httpx2.AsyncClient(headers=server.config.get("headers") or {}, timeout=timeout, trust_env=False) as http:
+        transport = streamable_http_client(server.config["url"], http_client=http, max_sse_event_size=TOOL_LINE)
+        async with mcp.Client(transport, read_timeout_seconds=server.call_timeout) as client:
+            yield client
+
+
+async def call_tool(domain: Domain, reply: Run, call: dict) -> dict:
+    """Execute one call and record its result; whatever goes wrong is the result."""
+    tool = reply.tools.get(call["name"])
+    if tool is None:
+        text, failed = f"there is no tool {call['name']!r}; there are: {', '.join(reply.tools) or 'none'}", True
+    elif refusal := domain.tools.refusal(tool, reply.allow):
+        text, failed = refusal, True
+    elif fault := await argument_fault(tool.schema, call["arguments"]):
+        text, failed = f"the arguments do not fit: {fault}", True
+    elif tool.server.client is None:
+        text, failed = f"the MCP server {tool.server.name} is not running: {tool.server.why}", True
+    else:
+        CALLER.set(reply.user_id)
+        text, failed = await tool.server.call(tool.name, call["arguments"])
+    domain.metrics.count("liminal_tool_calls_total", outcome="error" if failed else "ok")
+    result = {"type": "tool_result", **pick(call, "tool_call_id", "name"), "text": text, "is_error": failed}
+    record(domain, reply, [result])
+    return result
+
+
+async def argument_fault(schema: dict, arguments: dict) -> str | None:
+    """What the tool's own schema finds wrong; jsonschema comes with the SDK. No reference is ever fetched."""
+    jsonschema, referencing = await import_later("jsonschema"), await import_later("referencing")
+    try:
+        validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+        fault = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
+    except Exception as error:  # the schema itself is broken: the server may still know what to do with the call
+        log.warning("a tool's schema cannot be used: %s", error)
+        return None
+    return fault and f"{'.'.join(map(str, fault.absolute_path)) or 'they'}: {fault.message[:300]}"
+
+
+################ Tools of our own
+# Read-only, as an MCP server in this process. A path is walked one folder at a time from a root, following no symbolic link,
+# so that neither `..` nor a swap between check and use leads out; data/ is never readable.
+
+CALLER = contextvars.ContextVar("caller")  # the user whose reply calls
+FILE_BYTES, LIST_ENTRIES, SEARCH_LINES, SEARCH_SECONDS = 200_000, 1_000, 100, 5.0
+
+
+def own_client(domain: Domain, server: ToolServer):
+    import mcp
+    from mcp.server import MCPServer
+    from mcp_types import ToolAnnotations
+
+    own = MCPServer("liminal")
+    roots, data = domain.settings.files_root.split(":"), domain.settings.data
+
+    def tool(fn):
+        own.tool(annotations=ToolAnnotations(read_only_hint=True), structured_output=False)(fn)
+
+    @tool
+    async def file_read(path: str, first_line: int = 1, lines: int = 2000) -> str:
+        """Read a text file. The path is relative to the root; first_line counts from 1."""
+        return await asyncio.to_thread(read_file, roots, data, path, max(1, first_line), max(1, lines))
+
+    @tool
+    async def file_list(path: str = ".") -> str:
+        """List a folder: a line for each entry, folders end with a slash, files tell their size in bytes."""
+        return await asyncio.to_thread(list_folder, roots, data, path)
+
+    @tool
+    async def file_search(text: str, path: str = ".", name: str = "*") -> str:
+        """Find lines that contain a text, ignoring case, in the files below a folder whose names match a pattern."""
+        return await asyncio.to_thread(search_files, roots, data, text, path, name)
+
+    @tool
+    async def messages_search(query: str) -> str:
+        """Search the user's own earlier conversations for words."""
+        found = await domain.messages.read(search_texts, CALLER.get(), query, 20)
+        return "\n\n".join(f"[{one['created_at'][:10]} {one['role']}] {one['snippet']}" for one in found) or "nothing found"
+
+    return mcp.Client(own)
+
+
+@contextlib.contextmanager
+def opened(roots: list[str], data: pathlib.Path, path: str):
+    """A descriptor of the file or folder that a path means, below one of the roots. ValueError says why not."""
+    root = next((root for root in roots if os.path.isabs(path) and (path + "/").startswith(root.rstrip("/") + "/")), roots[0])
+    steps = [step for step in path.removeprefix(root).split("/") if step not in ("", ".")]
+    if os.path.isabs(path) and not path.startswith(root) or ".." in steps or "\0" in path:
+        raise ValueError(f"{path!r} is outside of what may be read")
+    place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        hidden = os.stat(data) if data.exists() else None
+        for step in steps:
+            inner = os.open(step, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+            os.close(place)
+            place = inner
+            if hidden and os.path.samestat(os.fstat(place), hidden):
+                raise ValueError(f"{path!r} is outside of what may be read")
+        if hidden and (os.path.samestat(os.fstat(place), hidden) or is_hidden(os.fstat(place), data)):
+            raise ValueError(f"{path!r} is outside of what may be read")
+        yield place
+    except OSError as error:
+        words = "is a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror.lower()
+        raise ValueError(f"{path!r}: {words}") from None
+    finally:
+        os.close(place)
+
+
+def is_hidden(seen: os.stat_result, data: pathlib.Path) -> bool:
+    """Whether a file with several names is one of data/'s."""
+    return seen.st_nlink > 1 and stat.S_ISREG(seen.st_mode) and any(os.path.samestat(seen, one.stat()) for one in os.scandir(data))
+
+
+def read_text(place: int, path: str) -> str:
+    """The text of an opened regular file, at most FILE_BYTES of it."""
+    seen = os.fstat(place)
+    if not stat.S_ISREG(seen.st_mode):
+        raise ValueError(f"{path!r} is no regular file")
+    with open(os.dup(place), "rb") as file:
+        data = file.read(FILE_BYTES)
+    if b"\0" in data[:8192]:
+        raise ValueError(f"{path!r} is a binary file of {seen.st_size} bytes")
+    text = data.decode("utf-8", "replace")
+    return text if seen.st_size <= FILE_BYTES else f"{text}\n[cut: {seen.st_size - FILE_BYTES} of {seen.st_size} bytes left out]"
+
+
+def read_file(roots: list[str], data: pathlib.Path, path: str, first_line: int, count: int) -> str:
+    with opened(roots, data, path) as place:
+        lines = read_text(place, path).split("\n")
+    return "\n".join(lines[first_line - 1 : first_line - 1 + count]) or "(empty)"
+
+
+def list_folder(roots: list[str], data: pathlib.Path, path: str) -> str:
+    with opened(roots, data, path) as place:
+        entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        rows = [f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else row_of(entry) for entry in entries[:LIST_ENTRIES]]
+    left_out = len(entries) - LIST_ENTRIES
+    return "\n".join(rows + ([f"[{left_out} more]"] if left_out > 0 else [])) or "(empty)"
+
+
+def row_of(entry) -> str:
+    return f"{entry.name}  {entry.stat(follow_symlinks=False).st_size}"
+
+
+def search_files(roots: list[str], data: pathlib.Path, text: str, path: str, name: str) -> str:
+    found, deadline = [], time.monotonic() + SEARCH_SECONDS
+    with opened(roots, data, path) as top:
+        hidden = os.stat(data) if data.exists() else None
+        for folder, folders, files, place in os.fwalk(".", dir_fd=top, follow_symlinks=False):
+            folders[:] = [one for one in sorted(folders) if one[0] != "." and not is_data(place, one, hidden)]
+            for one in sorted(files):
+                if not fnmatch.fnmatch(one, name):
+                    continue
+                if len(found) >= SEARCH_LINES or time.monotonic() > deadline:
+                    return "\n".join([*found, "[there may be more: search for less, or in a smaller folder]"])
+                with contextlib.suppress(ValueError), opened(roots, data, os.path.normpath(os.path.join(path, folder, one))) as file:
+                    for number, line in enumerate(read_text(file, one).split("\n"), 1):
+                        if text.lower() in line.lower():
+                            found.append(f"{os.path.normpath(os.path.join(folder, one))}:{number}: {line.strip()[:200]}")
+    return "\n".join(found[:SEARCH_LINES]) or "nothing found"
+
+
+def is_data(place: int, name: str, hidden) -> bool:
+    return hidden is not None and os.path.samestat(os.stat(name, dir_fd=place, follow_symlinks=False), hidden)
+
+
 ################ Runs
 # A reply being generated lives here, in a task of its own, whoever listens. It is kept as (position, event): the newest
 # tokens as they came, older ones joined, so that any follower, live or late, reads on from its position on one path.
@@ -1002,6 +1529,7 @@ class Run:
         self.half = None  # (type, high surrogate) whose other half is still to come
         self.usages = [None]  # what the provider said, one for each round
         self.stop_reason = self.blocks = self.done = self.stopping = self.task = self.request = None
+        self.calls, self.tools, self.allow = [], {}, []  # of this round; offered by wire name; allowed for this run
         self.created_at, self.began, self.first_at, self.called_at = now(), time.monotonic(), None, None
         self.heard_at, self.patience, self.late, self.stored_at, self.storing = self.began, None, False, self.began, False
         self.waiters = []
@@ -1094,12 +1622,20 @@ async def run(domain: Domain, reply: Run) -> None:
     final status go to disk, and only then is `done` told and the thread free."""
     status, problem = "complete", None
     try:
-        async with contextlib.aclosing(read_provider(domain, reply)) as rounds:
-            reply.called_at = time.monotonic()
-            async for events in rounds:
-                record(domain, reply, events)
-        if reply.blocks is None:
-            raise Problem("provider_incomplete", f"{reply.provider.name} ended in mid-answer, without its end marker: retry")
+        for number in itertools.count(1):
+            async with contextlib.aclosing(read_provider(domain, reply)) as events_read:
+                reply.called_at = reply.called_at or time.monotonic()
+                async for events in events_read:
+                    record(domain, reply, events)
+            reply.expect(None)
+            if reply.blocks is None:
+                raise Problem("provider_incomplete", f"{reply.provider.name} ended in mid-answer, without its end marker: retry")
+            if reply.stop_reason != "tool_use" or not reply.calls:
+                break
+            if number > domain.settings.tool_rounds:
+                reply.stop_reason = "tool_rounds"
+                break
+            await run_tools(domain, reply)
     except asyncio.CancelledError:
         problem = reply.stopping if reply.stopping != "cancelled" else None
         status = "error" if problem else "cancelled"
@@ -1111,6 +1647,20 @@ async def run(domain: Domain, reply: Run) -> None:
     reply.stopping = reply.stopping or "ended"
     reply.expect(None)
     await asyncio.shield(finish(domain, reply, status, problem))
+
+
+async def run_tools(domain: Domain, reply: Run) -> None:
+    """Execute a round's calls in parallel, and put what was said and what came of it into the request of the next round, in
+    the provider's own form: thinking, signatures and raw blocks go back unchanged."""
+    calls, said = reply.calls, reply.blocks
+    results = await asyncio.gather(*[call_tool(domain, reply, call) for call in calls])
+    if reply.provider.kind == "anthropic":
+        told = [{"role": "assistant", "content": said}, {"role": "user", "content": list(map(anthropic_block, results))}]
+    else:
+        told = [said, *map(openai_result, results)]
+    reply.request["rounds"] += told
+    reply.calls, reply.blocks, reply.stop_reason = [], None, None
+    reply.usages.append(None)
 
 
 def record(domain: Domain, reply: Run, events: list[dict]) -> None:
@@ -1128,6 +1678,8 @@ def record(domain: Domain, reply: Run, events: list[dict]) -> None:
         elif kind == "end":
             reply.stop_reason, reply.blocks = event["stop_reason"], event["blocks"]
             continue
+        elif kind == "tool_call":
+            reply.calls.append(event)
         if domain.settings.check_events:
             check_event(event)
         reply.append(event)
@@ -1296,7 +1848,7 @@ class Domain:
         self.locks = weakref.WeakValueDictionary()  # (user, Idempotency-Key): held until its first commit
         self.own_providers, self.models, self.clients, self.tasks, self.tokens = [], {}, {}, set(), 0
         self.first_byte, self.next_byte = map(float, settings.provider_timeouts.split(","))
-        self.http, self.public_key = None, (None, None)
+        self.http, self.public_key, self.tools = None, (None, None), Tools(self)
         self.metrics.gauges = {"liminal_runs": lambda: len(self.runs), "liminal_tokens_total": lambda: self.tokens}
 
     def providers(self) -> dict[str, Provider]:
@@ -1419,8 +1971,11 @@ async def make_request(domain: Domain, reply: Run, body: dict, parent: str | Non
     messages = await domain.messages.read(read_prompt, parent, parts, system, domain.settings.context)
     tokens = tokens_of(system or "") + sum(part_tokens(part) for message in messages for part in message["parts"])
     asked = {name: body.get(name) for name in ("max_tokens", "temperature")}
+    wanted = body.get("tools")
+    if wanted is not False and not reply.model.startswith("demo/load"):
+        reply.tools, reply.allow = await domain.tools.offered(wanted), body.get("allow") or []
     known = {"model": reply.model.partition("/")[2], "system": system, "messages": messages, "tokens": tokens, "rounds": []}
-    return {**known, **asked, "options": body.get("options") or {}}
+    return {**known, **asked, "tools": reply.tools, "options": body.get("options") or {}}
 
 
 async def commit_start(domain: Domain, reply: Run, thread: dict | None, rows: list, texts: dict, key: dict) -> None:
@@ -1632,6 +2187,24 @@ async def domain_list_models(domain: Domain, call: Call):
     return {"models": models}
 
 
+async def domain_list_tools(domain: Domain, call: Call):
+    await domain.tools.offered(None)
+    return {"servers": [describe_server(domain, server) for server in domain.tools.servers.values()], "why": domain.tools.why}
+
+
+def describe_server(domain: Domain, server: ToolServer) -> dict:
+    tools = []
+    for tool in server.tools:
+        why = domain.tools.refusal(tool, [])
+        tools.append({"name": tool.full_name, "description": tool.description, "allowed": why is None, "why": why})
+    return {**pick(vars(server), "name", "state", "why"), "tools": tools}
+
+
+async def domain_search_messages(domain: Domain, call: Call):
+    found = await domain.messages.read(search_texts, call.user_id, call.arguments["q"], call.arguments["limit"])
+    return {"results": found}
+
+
 async def domain_list_providers(domain: Domain, call: Call):
     return {"providers": [describe(provider) for provider in domain.providers().values()]}
 
@@ -1792,6 +2365,7 @@ METRICS = {
     "liminal_run_errors_total": ("replies ended with an error, by its code", None),
     "liminal_tokens_total": ("tokens received from providers", None),
     "liminal_provider_retries_total": ("calls repeated because a provider was overloaded", None),
+    "liminal_tool_calls_total": ("tool calls, by outcome", None),
     "liminal_stored_bundles_total": ("bundles that the Edge brought", None),
     "liminal_stored_by_domain_total": ("times a running reply was stored because the Edge was behind", None),
     "liminal_errors_total": ("requests refused, by code", None),
@@ -1858,6 +2432,7 @@ async def interrupt_runs(domain: Domain) -> None:
 
 
 async def close(domain: Domain) -> None:
+    await domain.tools.close()
     for task in domain.tasks:
         task.cancel()
     await domain.http.close()

@@ -911,7 +911,7 @@ METRICS = {
     "liminal_queue_wait_seconds": ("from a bundle's closing to the Domain's answer", SECONDS),
 }
 FORWARDED = """get_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
-    list_messages list_runs list_models list_providers put_provider delete_provider create_user list_users create_key
+    list_messages search_messages list_runs list_tools list_models list_providers put_provider delete_provider create_user list_users create_key
     list_keys""".split()
 OWN = (send_message, retry_message, stream_message, cancel_message, revoke_key, delete_user, create_session, delete_session)
 

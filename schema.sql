@@ -55,11 +55,12 @@ pragma synchronous = full;
 pragma foreign_keys = on;
 
 create table if not exists messages (
-  id text primary key,
+  seq integer primary key,
+  id text not null unique,
   thread_id text not null,
   user_id text not null,
   number integer not null,
-  parent_id text references messages,
+  parent_id text references messages (id),
   role text not null check (role in ('user', 'assistant')),
   speaker text,
   model text,
@@ -78,14 +79,17 @@ create index if not exists messages_unfinished on messages (status) where status
 
 -- One row a stored bundle. `position` is where it ends in its message, `parts` the JSON of what it holds.
 create table if not exists chunks (
-  message_id text not null references messages on delete cascade,
+  message_id text not null references messages (id) on delete cascade,
   position integer not null,
   parts text not null,
   primary key (message_id, position)
 ) without rowid;
 
+-- What search looks through: the text of finished messages, by messages.seq.
+create virtual table if not exists message_texts using fts5 (content, tokenize = 'unicode61 remove_diacritics 2');
+
 create table if not exists message_reactions (
-  message_id text not null references messages on delete cascade,
+  message_id text not null references messages (id) on delete cascade,
   user_id text not null,
   emoji text not null,
   created_at text not null,
@@ -96,7 +100,7 @@ create table if not exists idempotency_keys (
   user_id text not null,
   key text not null,
   request_hash text not null,
-  message_id text not null references messages on delete cascade,
+  message_id text not null references messages (id) on delete cascade,
   created_at text not null,
   primary key (user_id, key)
 ) without rowid;
