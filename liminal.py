@@ -1518,7 +1518,6 @@ def talk(client: Client, fields: dict, options) -> int:
             continue
         try:
             _, fields["thread_id"] = send(client, content, fields, options)
-            fields.pop("system", None)  # it is the thread's own by now
         except KeyboardInterrupt:
             client.close()
         except Problem as problem:
