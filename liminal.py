@@ -87,7 +87,7 @@ class Settings:
         made = cls(**found)
         missing = {"mcp": data / "mcp.json"} if made.mcp is None else {}
         for name, port in (("domain_url", made.domain_port), ("url", made.edge_port)):
-            missing[name] = getattr(made, name).rstrip("/") or f"http://{listen_host(made.host)}:{port}"
+            missing[name] = checked_url(name, getattr(made, name)) or f"http://{listen_host(made.host)}:{port}"
         return dataclasses.replace(made, **missing)
 
     def fresh(self) -> Settings:
@@ -117,12 +117,23 @@ def convert(field, value: str):
     return pathlib.Path(value).expanduser().resolve() if field.type == "pathlib.Path" else value
 
 
+def checked_url(name: str, url: str) -> str:
+    """A server's address without a slash at its end; SystemExit where it is none."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
+            raise ValueError(url)
+    except ValueError:
+        raise SystemExit(f"liminal: LIMINAL_{name.upper()}={url!r} is no address like http://127.0.0.1:8765") from None
+    return url.rstrip("/")
+
+
 def read_env(path: pathlib.Path) -> dict[str, str]:
     """The NAME=value lines of a file, `#` begins a comment line, quotes around a value are taken off; {} without it."""
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return {}
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, UnicodeError) as error:
+        raise SystemExit(f"liminal: {path} cannot be read as NAME=value lines: {error}") from None
     pairs = (line.removeprefix("export ").partition("=") for line in map(str.strip, lines) if line and line[0] != "#")
     return {name.strip(): value.strip().strip("\"'") for name, sign, value in pairs if sign}
 
@@ -132,7 +143,7 @@ def stamp(path: pathlib.Path) -> tuple:
     try:
         seen = path.stat()
         return seen.st_mtime_ns, seen.st_size, seen.st_ino
-    except FileNotFoundError:
+    except OSError:
         return ()
 
 
@@ -183,7 +194,8 @@ class Problem(Exception):
     def detail(self, request_id: str | None) -> dict:
         """{code, message, request_id, retriable, field?, message_ids?}: what stands under "error" everywhere."""
         retriable = contract()["x-errors"][self.code]["retriable"]
-        return {"code": self.code, "message": self.message, "request_id": request_id, "retriable": retriable, **self.more}
+        message = self.message.encode("utf-8", "replace").decode()  # it may quote what came in as bytes
+        return {"code": self.code, "message": message, "request_id": request_id, "retriable": retriable, **self.more}
 
 
 ################ JSON
@@ -701,14 +713,14 @@ class Metrics:
     def text(self) -> str:
         lines = []
         for name, (meaning, limits) in self.declared.items():
-            kind = "histogram" if limits else "gauge" if name in self.gauges else "counter"
+            kind = "histogram" if limits else "counter" if name.endswith("_total") else "gauge"
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
             if limits:
                 *counts, total = self.histograms[name]
                 for place, limit in enumerate((*limits, "+Inf")):
                     lines.append(f'{name}_bucket{{le="{limit}"}} {sum(counts[: place + 1])}')
                 lines += [f"{name}_sum {total}", f"{name}_count {sum(counts)}"]
-            elif kind == "gauge":
+            elif name in self.gauges:
                 lines.append(f"{name} {self.gauges[name]()}")
             else:
                 found = {labels: n for (counter, labels), n in self.counters.items() if counter == name} or {(): 0}
@@ -744,7 +756,7 @@ def make_application(tag: str, handlers: dict, authenticate, settings: Settings,
 
     @web.middleware
     async def answer_problems(request, handler):
-        request["id"] = None
+        request["id"], headers = None, {}
         try:
             refuse_strangers(request, names)
             return await handler(request)
@@ -753,11 +765,13 @@ def make_application(tag: str, handlers: dict, authenticate, settings: Settings,
         except web.HTTPException as error:
             codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
             fault = Problem(codes.get(error.status, "invalid_request"), http_words(error.status, request))
+            headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             fault = Problem("internal", "an error of our own; the server's log tells more")
         metrics.count("liminal_errors_total", code=fault.code)
-        headers = {} if fault.retry_after is None else {"Retry-After": str(int(fault.retry_after + 0.999))}
+        if fault.code == "internal":
+            log.error("%s %s: %s", request.method, request.path, fault.message)
         body = {"error": fault.detail(request["id"] or str(uuid.uuid4()))}
         return web.json_response(text=encode_json(body), status=fault.status, headers=headers)
 
@@ -801,7 +815,7 @@ def argument(given: Parameter, request):
         return given.default
     text = source[given.name]
     try:
-        value = bounded(text) if given.type == "integer" else text
+        value = bounded(text) if given.type == "integer" and re.fullmatch(r"-?[0-9]+", text) else text
     except ValueError:
         value = text
     fault = given.check(value)
@@ -835,12 +849,13 @@ def refuse_strangers(request, names: set[str]) -> None:
     host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
     try:
         name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        own = origin is None or urllib.parse.urlsplit(origin).netloc == host
     except ValueError:
-        name = ""
+        name, own = "", False
     wildcard = names & {"0.0.0.0", "::"} and re.fullmatch(r"[\d.]+|[\da-f:]+", name)
     if name not in names and not wildcard:
         raise Problem("forbidden", f"this server does not go by the name {host[:100]!r}; set LIMINAL_URL to add it")
-    if origin is not None and urllib.parse.urlsplit(origin).netloc != host:
+    if not own:
         raise Problem("forbidden", f"requests from the origin {origin[:100]!r} are not taken")
 
 
@@ -886,7 +901,9 @@ async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
-    runner = web.AppRunner(await make_app(settings), access_log=None, shutdown_timeout=GRACE / 2)
+    limit = contract()["x-limits"]["header_bytes"]
+    limits = {"max_field_size": limit, "max_line_size": limit}
+    runner = web.AppRunner(await make_app(settings), access_log=None, shutdown_timeout=GRACE / 2, **limits)
     await runner.setup()
     try:
         try:
@@ -1044,17 +1061,20 @@ class Unreachable(Exception):
 class Client:
     """The Edge's API as the commands use it. Problem where it refuses, Unreachable where nobody answers."""
 
-    def __init__(self, settings: Settings):
-        self.settings, self.base = settings, urllib.parse.urlsplit(settings.url)
-        self.connection = None
+    def __init__(self, settings: Settings, timeout: float = SILENCE):
+        self.settings, self.base, self.timeout = settings, urllib.parse.urlsplit(settings.url), timeout
+        self.connection = self.sent = None
 
     @functools.cached_property
     def key(self) -> str:
         path = self.settings.data / "cli.key"
         try:
-            return self.settings.api_key or path.read_text().strip()
-        except OSError as error:
-            raise Problem("unauthorized", f"no key: LIMINAL_API_KEY is not set and {path} cannot be read ({error.strerror})")
+            key = self.settings.api_key or path.read_text().strip()
+        except (OSError, UnicodeError) as error:
+            raise Problem("unauthorized", f"no key: LIMINAL_API_KEY is not set and {path} cannot be read: {error}") from None
+        if not re.fullmatch(r"[!-~]+", key):
+            raise Problem("unauthorized", f"that is no key: look at LIMINAL_API_KEY, or at {path}")
+        return key
 
     def send(self, method: str, path: str, body=None, headers: dict | None = None):
         """One request on the kept connection; a connection that went stale in between is opened anew, once, for a GET."""
@@ -1068,7 +1088,7 @@ class Client:
             fresh = self.connection is None
             if fresh:
                 kind = http.client.HTTPSConnection if self.base.scheme == "https" else http.client.HTTPConnection
-                self.connection = kind(self.base.hostname, self.base.port, timeout=SILENCE)
+                self.connection = kind(self.base.hostname, self.base.port, timeout=self.timeout)
             try:
                 self.connection.request(method, self.base.path + path, data, headers)
                 return self.connection.getresponse()
@@ -1099,12 +1119,16 @@ class Client:
             raise Unreachable(f"{self.settings.url} does not answer ({error}): `liminal up` starts it") from None
         if response.status >= 400:
             raise refused(response.status, data)
-        return json.loads(data) if data else None
+        try:
+            return json.loads(data) if data else None
+        except ValueError:
+            raise refused(response.status, data) from None
 
     def stream(self, method: str, path: str, body=None, position: int | None = None):
         """The events of one reply to its `done`, whatever happens to the connection; a note on standard error says so."""
         headers, message_id, lost_at = {"Idempotency-Key": str(uuid.uuid4())}, None, None
         headers |= {"Last-Event-ID": str(position)} if position else {}
+        self.sent = method, path, body, headers
         while True:
             try:
                 for event, place in self.read_stream(method, path, body, headers):
@@ -1116,7 +1140,7 @@ class Client:
                     position = place or position
                     yield event
                     if event["type"] == "done":
-                        return
+                        return self.close()
             except Lost as error:
                 log.debug("lost the stream: %r", error)
             except Problem as problem:
@@ -1128,6 +1152,12 @@ class Client:
             if message_id:
                 method, path, body = "GET", f"/api/v1/messages/{message_id}/stream", None
                 headers = {} if position is None else {"Last-Event-ID": str(position)}
+
+    def find_sent(self) -> str:
+        """The message id of the reply that `stream` asked for last: the same Idempotency-Key attaches to the same reply."""
+        for event, _ in Client(self.settings, timeout=5).read_stream(*self.sent):
+            return event["message_id"]
+        raise Unreachable(f"{self.settings.url} gave no reply to stop")
 
     def read_stream(self, method: str, path: str, body, headers: dict):
         response = self.send(method, path, body, {**headers, "Accept": "text/event-stream"})
@@ -1187,10 +1217,10 @@ def start_servers(settings: Settings) -> None:
 
 def wait_until_well(settings: Settings, name: str, process, path: pathlib.Path) -> None:
     port = settings.domain_port if name == "domain" else settings.edge_port
-    probe = Client(dataclasses.replace(settings, url=f"http://{listen_host(settings.host)}:{port}"))
+    probe = Client(dataclasses.replace(settings, url=f"http://{listen_host(settings.host)}:{port}"), timeout=1)
     deadline = time.monotonic() + 15
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(Unreachable, Problem):
+        with contextlib.suppress(Unreachable, Problem, KeyError, TypeError):
             if probe.ask("GET", "/health")["instance"] == settings.instance:
                 return
         time.sleep(0.02)
@@ -1321,7 +1351,7 @@ def show(client: Client, events, as_json: bool = False) -> dict:
                 if column not in ("", "\n"):
                     say("")
                 if event["error"]:
-                    note(f"{event['error']['message']} ({event['error']['code']})")
+                    fail(f"{event['error']['message']} ({event['error']['code']})", 1)
                 elif event["status"] == "cancelled":
                     note("this reply was cancelled")
                 elif event["stop_reason"] == "max_tokens":
@@ -1330,10 +1360,9 @@ def show(client: Client, events, as_json: bool = False) -> dict:
     except KeyboardInterrupt:
         if column not in ("", "\n"):
             say("")
-        if message_id is None:
-            raise
-        receipt = Client(client.settings).ask("POST", f"/api/v1/messages/{message_id}/cancel")
         client.close()
+        message_id = message_id or client.find_sent()
+        receipt = client.ask("POST", f"/api/v1/messages/{message_id}/cancel")
         note(receipt_words(receipt))
         return {"type": "done", **receipt, "error": None}
     raise Unreachable("the stream ended without an end")
@@ -1441,8 +1470,9 @@ def arg(*names, **options):
     arg("--measure-token-rate", action="store_true", help="show token rate, bundles and gaps"),
 )
 def chat(settings: Settings, options) -> int:
-    piped = "" if sys.stdin.isatty() else sys.stdin.read()
-    content = "\n\n".join(part for part in (piped.strip("\n"), " ".join(options.message)) if part)
+    content = "\n\n".join(part for part in (piped().strip("\n"), " ".join(options.message)) if part)
+    if not content.isprintable() and content != content.encode("utf-8", "replace").decode():
+        raise Problem("invalid_request", "the message is not valid UTF-8")
     if not content.strip() and not sys.stdin.isatty():
         raise Problem("invalid_request", "there is nothing to send: give a message or pipe one in")
     client = connect(settings)
@@ -1521,7 +1551,9 @@ def talk(client: Client, fields: dict, options) -> int:
         except KeyboardInterrupt:
             client.close()
         except Problem as problem:
-            note(f"{problem.message} ({problem.code})")
+            fail(f"{problem.message} ({problem.code})", 1)
+        except Unreachable as problem:
+            fail(str(problem), 3)
 
 
 def read_message() -> str:
@@ -1534,8 +1566,6 @@ def read_message() -> str:
 
 def tell_unseen_keys(client: Client) -> None:
     """A key that stands in this terminal's environment is no use to servers that were started without it."""
-    if not any(os.environ.get(name) for name in ("ANTHROPIC_API_KEY", "OPENAI_API_KEY")):
-        return
     for provider in client.ask("GET", "/api/v1/providers")["providers"]:
         name = provider["key_env"]
         if name and os.environ.get(name) and not provider["key_set"]:
@@ -1839,7 +1869,10 @@ def set_key(client: Client, name: str) -> None:
     if not variable:
         takers = ", ".join(one["name"] for one in known.values() if one["key_env"])
         raise Problem("invalid_request", f"{name} takes no key; these do: {takers}")
-    secret = getpass.getpass(f"{variable}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    try:
+        secret = getpass.getpass(f"{variable}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    except EOFError:
+        secret = ""
     secret = secret.strip()
     if not secret or not secret.isprintable() or set(secret) & set(" \"'#"):
         raise Problem("invalid_request", "that is no key: nothing was changed")
@@ -2041,22 +2074,27 @@ def make_parser() -> argparse.ArgumentParser:
 
 def with_command(words: list[str]) -> list[str]:
     """`liminal "a question"` and `liminal -m x "..."` mean chat; a single unknown word is more likely a slip."""
-    if not words or words[0] in ("-m", "-s", "-c", "-t", "--model", "--system", "--continue", "--thread"):
+    first = words[0] if words else "-"
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
         return ["chat", *words]
-    if words[0] not in COMMANDS and not words[0].startswith("-") and (" " in words[0] or not sys.stdin.isatty() and has_input()):
+    if first not in COMMANDS and not first.startswith("-") and (" " in first or piped().strip()):
         return ["chat", *words]
     return words
 
 
-def has_input() -> bool:
-    """Whether something is piped in: a pipe or a file that is not empty, rather than /dev/null."""
-    import stat
-
-    mode = os.fstat(0)
-    return stat.S_ISFIFO(mode.st_mode) or stat.S_ISSOCK(mode.st_mode) or stat.S_ISREG(mode.st_mode) and mode.st_size > 0
+@functools.cache
+def piped() -> str:
+    """What is piped in, "" at a terminal."""
+    try:
+        return "" if sys.stdin.isatty() else sys.stdin.buffer.read().decode()
+    except UnicodeError:
+        raise Problem("invalid_request", "standard input is not valid UTF-8") from None
 
 
 def main() -> None:
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         options = make_parser().parse_args(with_command(sys.argv[1:]))
@@ -2066,16 +2104,26 @@ def main() -> None:
         code = fail(f"{problem.message} ({problem.code})", 1)
     except Unreachable as problem:
         code = fail(str(problem), 3)
+    except Lost as problem:
+        code = fail(f"the connection was lost: {problem}", 3)
     except KeyboardInterrupt:
         code = fail("interrupted", 130)
     except BrokenPipeError:
-        code = 0  # whoever read us has read enough; a running reply goes on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = drop_output(0)  # whoever read us has read enough; a running reply goes on
+    except OSError as error:
+        code = drop_output(fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 1))
     sys.exit(code)
 
 
+def drop_output(code: int) -> int:
+    """Let nothing more be written, so that the end of the process is quiet."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
 def fail(words: str, code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         print(f"liminal: {printable(' '.join(words.split()))}", file=sys.stderr)
     return code
 

@@ -300,7 +300,7 @@ def lengthen(db, bundles: list[dict]) -> dict:
         else:
             stored[bundle["message_id"]] = row["position"]
         if row and "edge_ttft_ms" in bundle:
-            sql = """update messages set timing = json_set(coalesce(timing, '{}'), '$.edge_ttft_ms', :edge_ttft_ms)
+            sql = """update messages set timing = json_insert(coalesce(timing, '{}'), '$.edge_ttft_ms', :edge_ttft_ms)
                      where id = :message_id"""
             db.execute(sql, bundle)
     return stored
@@ -605,8 +605,10 @@ async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]
                     yield events
             return
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            words = f"{provider.name} broke off" if reply.position > begun else f"cannot reach {provider.base_url}"
-            raise Problem("provider_error", provider.hide(f"{words}: {error or type(error).__name__}")) from error
+            words = f"{provider.name} broke off in mid-answer ({plain_error(error)}): retry"
+            if reply.position == begun:
+                words = f"cannot reach {provider.name} at {provider.base_url} ({plain_error(error)}): does it run there?"
+            raise Problem("provider_error", provider.hide(words)) from error
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             log.warning("%s: a malformed frame", reply.model, exc_info=error)
             raise Problem("provider_error", f"{provider.name} sent a malformed frame ({error!r:.100})") from error
@@ -1008,7 +1010,7 @@ async def fetch_models(domain: Domain, provider: Provider) -> tuple[list[str], s
                 return [], provider_problem(provider, response.status, words, kind=kind).message
             return [str(one["id"]) for one in json.loads(data)["data"]], None
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-        return [], f"cannot reach {provider.base_url}: {error or type(error).__name__}"
+        return [], f"cannot reach {provider.base_url} ({plain_error(error)})"
     except (ValueError, KeyError, TypeError):
         return [], f"{provider.base_url}/models gave no list of models"
 
@@ -1163,8 +1165,12 @@ class ToolServer:
 
 
 def plain_error(error: BaseException) -> str:
+    """What went wrong, in one line of people's words."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    error = getattr(error, "os_error", error)  # aiohttp wraps the system's word in its own
+    if isinstance(error, OSError) and error.strerror:
+        return os.strerror(error.errno).lower() if error.errno in errno.errorcode else error.strerror
     return f"{error}".strip().splitlines()[0][:300] if f"{error}".strip() else type(error).__name__
 
 
@@ -1782,8 +1788,8 @@ async def stream_run(domain: Domain, call: Call, message_id: str, after: int) ->
     reply = domain.runs.get(message_id)
     row = None if reply else await domain.messages.read(find_message, None, message_id)
     response = web.StreamResponse(headers={"Content-Type": NDJSON})
-    await response.prepare(call.request)
     with contextlib.suppress(ConnectionError):  # the Edge has gone: it detaches, the run goes on
+        await response.prepare(call.request)
         if reply:
             await follow_live(domain, response, reply, after)
         else:
@@ -2250,6 +2256,7 @@ async def domain_delete_user(domain: Domain, call: Call):
     await delete_threads(domain, sorted(await domain.liminal.read(thread_ids, user["id"])))
     await domain.messages.write(remove_user_keys, user["id"])
     await domain.liminal.write(remove_user, user["id"])
+    return user
 
 
 async def domain_create_key(domain: Domain, call: Call):
@@ -2333,7 +2340,9 @@ async def authenticate(domain: Domain, call: Call) -> None:
         claims = jwt.decode(token, edge_public_key(domain), options={"require": required}, **given)
     except jwt.PyJWTError as error:
         raise Problem("unauthorized", f"the Edge's token is not valid: {error}") from None
-    if claims["sub"] != "edge-service" or claims["exp"] - claims["iat"] > LIFETIME or not isinstance(claims["scopes"], list):
+    times = [claims[name] for name in ("iat", "exp") if isinstance(claims[name], (int, float))]
+    fits = claims["sub"] == "edge-service" and len(times) == 2 and times[1] - times[0] <= LIFETIME
+    if not fits or not isinstance(claims["scopes"], list):
         raise Problem("unauthorized", "the Edge's token is not valid: its subject, lifetime or scopes are not as agreed")
     lacking = set(call.operation.security["edge"]) - set(map(str, claims["scopes"]))
     if lacking:

@@ -374,7 +374,8 @@ def end_reply(edge: Edge, reply: Reply, done: dict) -> None:
     close_bundle(edge, reply, "end")
     enqueue(edge, reply, "end")
     if done["timing"]:
-        done = {**done, "timing": {**done["timing"], "edge_ttft_ms": reply.edge_ttft_ms}}
+        known = done["timing"]["edge_ttft_ms"] or reply.edge_ttft_ms  # a replay keeps what was measured then
+        done = {**done, "timing": {**done["timing"], "edge_ttft_ms": known}}
     reply.done = done
     edge.replies.pop(reply.message_id, None)
     reply.wake()
@@ -590,11 +591,10 @@ class Client:
 
 async def stream_events(edge: Edge, call: Call, message_id: str, after: int, reply: Reply | None = None):
     """Answer with a reply's events strictly after a position, as SSE, until its `done`."""
-    response = web.StreamResponse(headers=SSE_HEADERS)
-    await response.prepare(call.request)
-    client = Client(call)
+    response, client = web.StreamResponse(headers=SSE_HEADERS), Client(call)
     edge.clients.add(client)
     try:
+        await response.prepare(call.request)
         await response.write(RETRY)
         async with contextlib.aclosing(events_after(edge, call, message_id, after, reply)) as stream:
             async for data in stream:
@@ -781,7 +781,7 @@ async def authenticate(edge: Edge, call: Call) -> None:
     scheme, _, secret = call.request.headers.get("Authorization", "").partition(" ")
     given = "key" if scheme.lower() == "bearer" and secret else "session"
     secret = secret.strip() if given == "key" else call.request.cookies.get("session", "")
-    if not secret or given not in needed:
+    if not secret or given not in needed or secret.startswith("lt_sk_") != (given == "key"):
         words = "send the cookie of a session" if "key" not in needed else "send the header `Authorization: Bearer lt_sk_...`"
         raise Problem("unauthorized", f"{words}; the owner's key is in data/cli.key")
     caller = await find_caller(edge, call, hash_of(secret))
@@ -820,9 +820,9 @@ async def revoke_key(edge: Edge, call: Call):
 
 
 async def delete_user(edge: Edge, call: Call):
-    answer = await forward(edge, call)
-    shut_out(edge, user_id=call.arguments["user_id"])
-    return answer
+    status, user = await forward(edge, call)
+    shut_out(edge, user_id=user["id"])
+    return status, user
 
 
 async def create_session(edge: Edge, call: Call):

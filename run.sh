@@ -12,7 +12,7 @@ install() { # install WHAT MARK: MARK keeps the pyproject.toml that was installe
     "$python" -c 'import venv, ensurepip' 2>/dev/null ||
         { echo "liminal: $python lacks venv: install it (Debian and Ubuntu: apt install python3-venv)." >&2; exit 1; }
     echo "liminal: installing into .venv (once) ..." >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -e "$1" >&2 ||
         { echo "liminal: the packages could not be installed; see above. Try again when the network is there." >&2; exit 1; }
     cp "$here/pyproject.toml" "$venv/installed"
