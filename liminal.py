@@ -92,7 +92,13 @@ class Settings:
 
     def fresh(self) -> Settings:
         """These settings, or newly read ones when data/env has changed since (one stat, about 2 us)."""
-        return self if stamp(self.data / "env") == self.read_from else Settings.load()
+        if (seen := stamp(self.data / "env")) == self.read_from:
+            return self
+        try:
+            return Settings.load()
+        except SystemExit as fault:
+            log.error("%s; the settings stay as they were", fault)
+            return dataclasses.replace(self, read_from=seen)
 
     @property
     def instance(self) -> str:

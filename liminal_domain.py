@@ -13,6 +13,7 @@ import bisect
 import contextlib
 import contextvars
 import dataclasses
+import email.utils
 import errno
 import fnmatch
 import functools
@@ -52,7 +53,6 @@ from liminal import (
     joined,
     make_application,
     now,
-    parse_json,
     serve,
     size,
     stamp,
@@ -69,6 +69,7 @@ ATTEMPTS = 4  # calls to an overloaded provider before its error stands; only ev
 LONGEST_WAIT = 30.0  # seconds between two such calls, whatever the provider asks for
 CONNECT = 10.0  # seconds to connect to a provider
 MODELS_FRESH = 60.0  # seconds for which a provider's own list of models is believed
+MODELS_FAILED = 2.0  # and for which a failure to get it
 TITLE = 60  # characters of a first message that make the title of its thread
 BYTES_PER_TOKEN = 3  # the design's estimate, on the safe side for most languages
 ANTHROPIC_MODEL, ANTHROPIC_MAX_TOKENS = "claude-sonnet-5-5", 16_000
@@ -596,6 +597,8 @@ async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]
     jitter and no sooner than it asked for, as long as nothing has come. Problem where it fails."""
     provider = reply.provider
     for attempt in itertools.count(1):
+        for name in NEEDS.get(provider.kind, ()):
+            await import_later(name)
         reply.expect(domain.first_byte)
         begun = reply.position
         try:
@@ -609,9 +612,6 @@ async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]
             if reply.position == begun:
                 words = f"cannot reach {provider.name} at {provider.base_url} ({plain_error(error)}): does it run there?"
             raise Problem("provider_error", provider.hide(words)) from error
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            log.warning("%s: a malformed frame", reply.model, exc_info=error)
-            raise Problem("provider_error", f"{provider.name} sent a malformed frame ({error!r:.100})") from error
         except Problem as problem:
             asked = problem.retry_after or 0
             overloaded = problem.code in ("rate_limited", "provider_overloaded")
@@ -626,9 +626,8 @@ async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]
 
 def provider_problem(provider: Provider, status: int, text: str, retry_after: str | None = None, kind: str = "") -> Problem:
     """What a provider's error status (or an error inside its stream) means, in its own words."""
-    text = provider.hide(text.strip())[:500] or f"status {status}"
-    seconds = float(retry_after) if retry_after and retry_after.replace(".", "", 1).isdigit() else None
-    words = f"{provider.name}: {text}"
+    text = valid(provider.hide(text.strip())[:500]) or f"status {status}"
+    seconds, words = seconds_of(retry_after), f"{provider.name}: {text}"
     if status in (401, 403) or kind in ("authentication_error", "permission_error"):
         return Problem("provider_auth", f"{words} (is {provider.key_env or 'its key'} right?)")
     if status == 404 or kind == "not_found_error":
@@ -644,6 +643,20 @@ def provider_problem(provider: Provider, status: int, text: str, retry_after: st
     return Problem("provider_error", words)
 
 
+def seconds_of(retry_after: str | None) -> float | None:
+    """A Retry-After header, a number of seconds or a date, as seconds from now."""
+    if not retry_after:
+        return None
+    try:
+        return max(0.0, float(retry_after))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
 def error_words(body: bytes | str) -> tuple[str, str]:
     """(kind, message) out of an error's body in either wire format, or its plain text."""
     try:
@@ -657,13 +670,26 @@ def error_words(body: bytes | str) -> tuple[str, str]:
         return "", body.decode("utf-8", "replace") if isinstance(body, bytes) else body
 
 
+def take_frames(provider: Provider, decoder: Decoder, data: bytes, take) -> tuple[list[dict], Problem | None]:
+    """(events, what was wrong) of one read. `take(name, value, events)` sees each frame; what stood before a bad one counts."""
+    events = []
+    try:
+        for name, text, _ in decoder.feed(data):
+            take(name, text if text == "[DONE]" else frame(provider, text), events)
+    except Problem as problem:
+        return events, problem
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        return events, Problem("provider_error", f"{provider.name} sent a malformed frame ({provider.hide(repr(error))[:100]})")
+    return events, None
+
+
 def frame(provider: Provider, data: str) -> dict:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise Problem("provider_error", f"{provider.name} sent a frame that is not a JSON object: {data[:100]!r}")
+        raise Problem("provider_error", f"{provider.name} sent a frame that is not a JSON object: {provider.hide(data)[:100]!r}")
     return value
 
 
@@ -673,8 +699,15 @@ def arguments_of(provider: Provider, name: str, text: str) -> dict:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise Problem("provider_error", f"{provider.name} called {name} with arguments that are not an object: {text[:100]!r}")
+        words = f"{provider.name} called {name} with arguments that are not an object: {provider.hide(text)[:100]!r}"
+        raise Problem("provider_error", words)
     return value
+
+
+def count_of(usage: dict, name: str) -> int:
+    """A count that a provider gives, 0 where it makes no sense."""
+    value = usage.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53 else 0
 
 
 def valid(text: str) -> str:
@@ -685,7 +718,7 @@ def valid(text: str) -> str:
 async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
     """Anthropic Messages through the official SDK, whose connection, retries-off and headers we use; its typed events cost
     190 us a token, so the stream itself goes through our decoder (20 us)."""
-    anthropic, httpx2 = await import_later("anthropic"), await import_later("httpx2")
+    anthropic, httpx2 = [await import_later(name) for name in NEEDS["anthropic"]]
     client = domain.anthropic_client(anthropic, provider)
     body = {
         "model": request["model"],
@@ -695,21 +728,20 @@ async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> A
     }
     if request["system"]:
         body["system"] = [{"type": "text", "text": request["system"], "cache_control": {"type": "ephemeral"}}]
-    if request["temperature"] is not None:
-        body["temperature"] = request["temperature"]
+    extra = {} if request["temperature"] is None else {"temperature": request["temperature"]}  # create() knows it no more
     if request["tools"]:
         body["tools"] = [anthropic_tool(tool) for tool in request["tools"].values()]
     try:
-        async with client.messages.with_streaming_response.create(**body, extra_body=request["options"]) as response:
+        async with client.messages.with_streaming_response.create(**body, extra_body=extra | request["options"]) as response:
             kind = response.headers.get("content-type", "")
             if "text/event-stream" not in kind:
                 raise Problem("provider_error", f"{provider.name} answered with {kind or 'no content type'}, not with a stream")
             blocks, decoder = AnthropicBlocks(provider), Decoder()
             async for data in response.iter_bytes():
-                events = []
-                for _, text, _ in decoder.feed(data):
-                    blocks.take(frame(provider, text), events)
+                events, problem = take_frames(provider, decoder, data, blocks.take)
                 yield events
+                if problem:
+                    raise problem
     except anthropic.APIStatusError as error:
         kind, words = error_words(error.response.text)
         raise provider_problem(provider, error.status_code, words, error.response.headers.get("retry-after"), kind) from None
@@ -721,9 +753,14 @@ async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> A
         raise OSError(str(error) or type(error).__name__) from None
 
 
+IMPORTS: dict[str, asyncio.Future] = {}
+
+
 async def import_later(name: str):
     """A module that is slow to import, when it is first needed, in a thread: the loop stalls 0.05 s instead of 0.6 s."""
-    return sys.modules.get(name) or await asyncio.to_thread(importlib.import_module, name)
+    if name not in IMPORTS:
+        IMPORTS[name] = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, name))
+    return await asyncio.shield(IMPORTS[name])
 
 
 class AnthropicBlocks:
@@ -733,21 +770,19 @@ class AnthropicBlocks:
     def __init__(self, provider: Provider):
         self.provider, self.blocks, self.texts, self.usage, self.stop_reason = provider, {}, {}, {}, None
 
-    def take(self, event: dict, out: list[dict]) -> None:
+    def take(self, name: str, event: dict, out: list[dict]) -> None:
         kind = event.get("type")
         if kind == "content_block_delta":
             self.delta(event["index"], event["delta"], out)
         elif kind == "content_block_start":
             self.blocks[event["index"]], self.texts[event["index"]] = dict(event["content_block"]), []
-        elif kind == "content_block_stop":
-            self.close(event["index"], out)
         elif kind in ("message_start", "message_delta"):
             usage = (event["message"] if kind == "message_start" else event).get("usage") or {}
-            self.usage.update({name: n for name, n in usage.items() if isinstance(n, int)})
+            self.usage.update({name: count_of(usage, name) for name in usage})
             self.stop_reason = event.get("delta", {}).get("stop_reason") or self.stop_reason
             out.append({"type": "usage", **anthropic_usage(self.usage)})
         elif kind == "message_stop":
-            out.append({"type": "end", "stop_reason": self.stop_reason, "blocks": [*self.blocks.values()]})
+            self.finish(out)
         elif kind == "error":
             error = event.get("error") or {}
             raise provider_problem(self.provider, 0, str(error.get("message", "")), kind=str(error.get("type", "")))
@@ -756,22 +791,27 @@ class AnthropicBlocks:
         kind = delta["type"]
         if kind in ("text_delta", "thinking_delta"):
             name = kind.removesuffix("_delta")
-            self.texts[index].append(delta[name])
             out.append({"type": name, "text": delta[name]})
+            self.texts[index].append(delta[name])
         elif kind == "input_json_delta":
             self.texts[index].append(delta["partial_json"])
         elif kind == "signature_delta":
             block = self.blocks[index]
             block["signature"] = block.get("signature", "") + delta["signature"]
 
-    def close(self, index: int, out: list[dict]) -> None:
-        block, text = self.blocks[index], "".join(self.texts.pop(index))
-        if block["type"] in ("text", "thinking"):
-            block[block["type"]] += text
-        elif block["type"] == "tool_use":
-            block["input"] = arguments_of(self.provider, block["name"], text) if text else block.get("input") or {}
-            call = {"tool_call_id": valid(block["id"]), "name": valid(block["name"]), "arguments": block["input"]}
-            out.append({"type": "tool_call", **call})
+    def finish(self, out: list[dict]) -> None:
+        """Complete the blocks, and call tools only where that is why the answer ended: a cut off call may look whole."""
+        called = self.stop_reason == "tool_use"
+        for index, block in self.blocks.items():
+            text = "".join(self.texts[index])
+            if block["type"] in ("text", "thinking"):
+                block[block["type"]] += text
+            elif block["type"] == "tool_use" and called:
+                block["input"] = arguments_of(self.provider, block["name"], text or encode_json(block.get("input") or {}))
+                call = {"tool_call_id": valid(block["id"]), "name": valid(block["name"]), "arguments": block["input"]}
+                out.append({"type": "tool_call", **call})
+        reason = self.stop_reason and valid(str(self.stop_reason))
+        out.append({"type": "end", "stop_reason": reason, "blocks": [*self.blocks.values()]})
 
 
 def anthropic_usage(usage: dict) -> dict:
@@ -837,26 +877,25 @@ async def read_openai(domain: Domain, provider: Provider, request: dict) -> Asyn
             raise Problem("provider_error", f"{provider.name} answered with {response.content_type}: {provider.hide(words)[:200]}")
         choice, decoder = OpenaiChoice(provider), Decoder()
         async for data in response.content.iter_any():
-            events = []
-            for name, text, _ in decoder.feed(data):
-                if text == "[DONE]":
-                    choice.finish(events)
-                    yield events
-                    return
-                choice.take(name, frame(provider, text), events)
+            events, problem = take_frames(provider, decoder, data, choice.take)
             yield events
-        events = []
-        choice.finish(events)
-        yield events
+            if problem:
+                raise problem
+            if choice.ended:
+                return
+        yield choice.finish([])  # some servers never say [DONE]
 
 
 class OpenaiChoice:
     """The one choice of a Chat Completions stream, turned into our events."""
 
     def __init__(self, provider: Provider):
-        self.provider, self.calls, self.texts, self.finish_reason = provider, {}, [], None
+        self.provider, self.calls, self.texts, self.finish_reason, self.ended = provider, {}, [], None, False
 
-    def take(self, name: str, chunk: dict, out: list[dict]) -> None:
+    def take(self, name: str, chunk: dict | str, out: list[dict]) -> None:
+        if chunk == "[DONE]":
+            self.finish(out)
+            return
         if name == "error" or chunk.get("error"):
             error = chunk.get("error") or chunk
             error = error if isinstance(error, dict) else {"message": error}
@@ -864,46 +903,50 @@ class OpenaiChoice:
             status = int(code) if str(code).isdigit() else 0
             raise provider_problem(self.provider, status, str(error.get("message", "")), kind=str(error.get("type", "")))
         if usage := chunk.get("usage"):
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            counts = {"input_tokens": usage.get("prompt_tokens") or 0, "output_tokens": usage.get("completion_tokens") or 0}
+            cached = count_of(usage.get("prompt_tokens_details") or {}, "cached_tokens")
+            counts = {"input_tokens": count_of(usage, "prompt_tokens"), "output_tokens": count_of(usage, "completion_tokens")}
             out.append({"type": "usage", **counts, "cached_tokens": cached})
         for choice in (chunk.get("choices") or [])[:1]:
             delta = choice.get("delta") or {}
             if thought := delta.get("reasoning") or delta.get("reasoning_content"):
                 out.append({"type": "thinking", "text": thought})
             if text := delta.get("content"):
-                self.texts.append(text)
                 out.append({"type": "text", "text": text})
+                self.texts.append(text)
             for piece in delta.get("tool_calls") or ():
                 self.call(piece)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def call(self, piece: dict) -> None:
-        """A piece of a tool call: id and name come once, the arguments in pieces, by index."""
-        known = self.calls.setdefault(piece.get("index") or 0, {"id": "", "name": "", "arguments": []})
+        """A piece of a tool call: id and name come once, the arguments in pieces, by index; without one, a new id is a new call."""
+        index = piece.get("index")
+        if index is None:
+            index = max(self.calls, default=-1)
+            index += 1 if index < 0 or piece.get("id") and piece["id"] != self.calls[index]["id"] else 0
+        known = self.calls.setdefault(index, {"id": "", "name": "", "arguments": []})
         function = piece.get("function") or {}
         known["id"] = piece.get("id") or known["id"]
         known["name"] = function.get("name") or known["name"]
         known["arguments"].append(function.get("arguments") or "")
 
-    def finish(self, out: list[dict]) -> None:
-        if self.finish_reason is None:
-            return
+    def finish(self, out: list[dict]) -> list[dict]:
+        """The calls and the end, where the server has said why it ended."""
+        if self.finish_reason is None or self.ended:
+            return out
+        self.ended = True
         reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
-        stop_reason = reasons.get(self.finish_reason, self.finish_reason)
+        stop_reason = reasons.get(self.finish_reason, valid(str(self.finish_reason)))
         if self.calls and stop_reason == "end_turn":
             stop_reason = "tool_use"  # some servers end with "stop" all the same
         calls = []
         for index, call in sorted(self.calls.items()) if stop_reason == "tool_use" else ():
-            text = "".join(call["arguments"])
-            identity = call["id"] or f"call_{index}_{secrets.token_hex(4)}"
-            function = {"name": call["name"], "arguments": text or "{}"}
-            calls.append({"id": identity, "type": "function", "function": function})
-            arguments = arguments_of(self.provider, call["name"], text)
-            named = {"tool_call_id": valid(identity), "name": valid(call["name"])}
-            out.append({"type": "tool_call", **named, "arguments": arguments})
+            arguments = arguments_of(self.provider, call["name"], "".join(call["arguments"]))
+            named = valid(call["id"] or f"call_{index}_{secrets.token_hex(4)}"), valid(call["name"])
+            out.append({"type": "tool_call", "tool_call_id": named[0], "name": named[1], "arguments": arguments})
+            calls.append(openai_call(out[-1]))
         said = {"role": "assistant", "content": "".join(self.texts) or None, **({"tool_calls": calls} if calls else {})}
         out.append({"type": "end", "stop_reason": stop_reason, "blocks": said})
+        return out
 
 
 def openai_messages(system: str | None, messages: list[dict]) -> list[dict]:
@@ -980,6 +1023,7 @@ async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncI
     yield [{"type": "end", "stop_reason": "end_turn", "blocks": {}}]
 
 
+NEEDS = {"anthropic": ("anthropic", "httpx2")}
 READERS = {"anthropic": read_anthropic, "openai": read_openai, "demo": read_demo}
 
 
@@ -991,7 +1035,8 @@ async def ask_models(domain: Domain, provider: Provider) -> tuple[list[str], str
     place = provider.name, provider.base_url, provider.key
     known = domain.models.get(place)
     if known is None or known[0] < time.monotonic():
-        known = domain.models[place] = time.monotonic() + MODELS_FRESH, *await fetch_models(domain, provider)
+        found, why = await fetch_models(domain, provider)
+        known = domain.models[place] = time.monotonic() + (MODELS_FRESH if why is None else MODELS_FAILED), found, why
     _, found, why = known
     return [*provider.models, *(model for model in found if model not in provider.models)], why
 
@@ -1030,6 +1075,7 @@ async def default_model(domain: Domain) -> str:
 
 async def find_model(domain: Domain, name: str | None) -> tuple[Provider, str]:
     """The provider and its own name of a model; Problem `unknown_model` or `provider_auth` that says what to do."""
+    domain.settings = domain.settings.fresh()
     name = name or await default_model(domain)
     prefix, _, model = name.partition("/")
     provider = domain.providers().get(prefix)
@@ -1647,6 +1693,7 @@ async def run(domain: Domain, reply: Run) -> None:
         status = "error" if problem else "cancelled"
     except Problem as fault:
         status, problem = "error", fault
+        fault.message = reply.provider.hide(fault.message)
     except Exception:
         log.exception("the run of %s failed", reply.message_id)
         status, problem = "error", Problem("internal", "an error of our own; the Domain's log tells more")
@@ -1684,8 +1731,9 @@ def record(domain: Domain, reply: Run, events: list[dict]) -> None:
         elif kind == "end":
             reply.stop_reason, reply.blocks = event["stop_reason"], event["blocks"]
             continue
-        elif kind == "tool_call":
-            reply.calls.append(event)
+        else:
+            release_half(reply, kind)
+            reply.calls += [event] if kind == "tool_call" else []
         if domain.settings.check_events:
             check_event(event)
         reply.append(event)
@@ -1700,7 +1748,7 @@ def whole_text(reply: Run, event: dict) -> dict:
     """The event with valid Unicode: a surrogate half at its end waits for the next delta of its type."""
     kind, text = event["type"], event["text"]
     if not isinstance(text, str):
-        raise Problem("provider_error", f"{reply.provider.name} sent {kind} that is no text: {text!r:.60}")
+        raise Problem("provider_error", f"{reply.provider.name} sent {kind} that is no text")
     if reply.half is None and text.isascii():
         return event
     text = release_half(reply, kind) + text
@@ -1739,6 +1787,11 @@ async def finish(domain: Domain, reply: Run, status: str, problem: Problem | Non
             if fault.code != "storage_full":
                 break
             await asyncio.sleep(wait)
+        except Exception:  # nothing may leave a reply without its end
+            log.exception("the end of %s cannot be stored", reply.message_id)
+            fault = Problem("internal", "an error of our own; the Domain's log tells more")
+            reply.tell({**done, "status": "error", "error": fault.detail(reply.request_id)})
+            break
     reply.stored = reply.position
     reply.tell(done)
     domain.release(reply)
@@ -2226,6 +2279,8 @@ async def domain_put_provider(domain: Domain, call: Call):
         raise Problem("conflict", f"{name} is built in; its variables change it (see `liminal --help`)", field="name")
     if body["kind"] != "demo" and not body.get("base_url"):
         raise Problem("invalid_request", "a provider of this kind needs its base_url", field="base_url")
+    if body["kind"] == "anthropic" and not body.get("key_env"):
+        raise Problem("invalid_request", "a provider of this kind needs a key: name its variable in key_env", field="key_env")
     fields = {"base_url": body.get("base_url"), "key_env": body.get("key_env")}
     row = {"name": name, "kind": body["kind"], **fields, "models": body.get("models") or [], "prices": body.get("prices") or {}}
     await domain.liminal.write(replace_provider, row)
