@@ -10,6 +10,7 @@ A token's way: provider -> liminal_domain.py: read_provider, run, record, stream
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -40,8 +41,8 @@ log = logging.getLogger("liminal")
 # Nothing else in the project reads the environment.
 
 
-def setting(name: str, default, meaning: str):
-    return dataclasses.field(default=default, metadata={"name": name, "meaning": meaning})
+def setting(name: str, default, meaning: str, shown: bool = True):
+    return dataclasses.field(default=default, repr=shown, metadata={"name": name, "meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Settings:
     domain_url: str = setting("LIMINAL_DOMAIN_URL", "", "where the Edge finds the Domain (default: this host, its port)")
     url: str = setting("LIMINAL_URL", "", "where the CLI finds the Edge (default: this host, its port)")
     host: str = setting("LIMINAL_HOST", "127.0.0.1", "address both servers listen on")
-    api_key: str = setting("LIMINAL_API_KEY", "", "key of the CLI (default: the one in data/cli.key)")
+    api_key: str = setting("LIMINAL_API_KEY", "", "key of the CLI (default: the one in data/cli.key)", False)
     model: str = setting("LIMINAL_MODEL", "", "model where neither request nor thread names one, as provider/model")
     context: int = setting("LIMINAL_CONTEXT", 100_000, "tokens that a prompt may hold, estimated at 3 bytes each")
     mcp: pathlib.Path = setting("LIMINAL_MCP", None, "file that names the MCP servers (default: data/mcp.json)")
@@ -63,11 +64,11 @@ class Settings:
     queue_size: int = setting("LIMINAL_QUEUE_SIZE", 1_000, "database bundles that the Edge holds in memory")
     provider_timeouts: str = setting("LIMINAL_PROVIDER_TIMEOUTS", "600,120", "seconds to a provider's first byte, and between two")
     check_events: bool = setting("LIMINAL_CHECK_EVENTS", False, "1: check every event against the contract (for tests)")
-    edge_private_key: str = setting("EDGE_PRIVATE_KEY", "", "PEM text or path (default: data/edge_private_key.pem)")
+    edge_private_key: str = setting("EDGE_PRIVATE_KEY", "", "PEM text or path (default: data/edge_private_key.pem)", False)
     edge_public_key: str = setting("EDGE_PUBLIC_KEY", "", "PEM text or path (default: data/edge_public_key.pem)")
-    anthropic_api_key: str = setting("ANTHROPIC_API_KEY", "", "key of the provider anthropic")
+    anthropic_api_key: str = setting("ANTHROPIC_API_KEY", "", "key of the provider anthropic", False)
     anthropic_base_url: str = setting("ANTHROPIC_BASE_URL", "https://api.anthropic.com", "address of the provider anthropic")
-    openai_api_key: str = setting("OPENAI_API_KEY", "", "key of the provider openai")
+    openai_api_key: str = setting("OPENAI_API_KEY", "", "key of the provider openai", False)
     openai_base_url: str = setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "address of the provider openai")
     ollama_host: str = setting("OLLAMA_HOST", "127.0.0.1:11434", "address of the provider ollama")
     values: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
@@ -100,6 +101,11 @@ class Settings:
             log.error("%s; the settings stay as they were", fault)
             return dataclasses.replace(self, read_from=seen)
 
+    @staticmethod
+    def environment(name: str) -> str:
+        """A variable of this process's own environment, whatever data/env says; "" where it is not set."""
+        return os.environ.get(name, "")
+
     @property
     def instance(self) -> str:
         """Which data folder this is, without telling its path."""
@@ -117,8 +123,10 @@ def convert(field, value: str):
         if field.type == "bool":
             return value not in ("0", "false", "no")
         if field.name == "provider_timeouts":
-            [float(part) for part in value.split(",", 1)][1]
-    except (ValueError, IndexError):
+            first, between = map(float, value.split(","))
+            if not 0 < first < float("inf") or not 0 < between < float("inf"):
+                raise ValueError(value)
+    except ValueError:
         raise SystemExit(f"liminal: {field.metadata['name']}={value!r} makes no sense: {field.metadata['meaning']}") from None
     return pathlib.Path(value).expanduser().resolve() if field.type == "pathlib.Path" else value
 
@@ -137,7 +145,7 @@ def checked_url(name: str, url: str) -> str:
 def read_env(path: pathlib.Path) -> dict[str, str]:
     """The NAME=value lines of a file, `#` begins a comment line, quotes around a value are taken off; {} without it."""
     try:
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text().split("\n") if path.exists() else []
     except (OSError, UnicodeError) as error:
         raise SystemExit(f"liminal: {path} cannot be read as NAME=value lines: {error}") from None
     pairs = (line.removeprefix("export ").partition("=") for line in map(str.strip, lines) if line and line[0] != "#")
@@ -174,11 +182,14 @@ def now(later: float = 0) -> str:
 def write_private(path: pathlib.Path, data: str) -> None:
     """Write a file of mode 0600 whole or not at all: aside, synced, renamed."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(aside, path)
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 ################ Problem
@@ -278,7 +289,10 @@ class Checker:
         for inner in schema.get("$defs", {}).values():
             self.compile(inner)
         leaders = {TOGETHER_WITH.get(word, word) for word in schema if word not in ANNOTATIONS}
-        checks = [RULES[word](self, schema) for word in RULES if word in leaders]
+        try:
+            checks = [RULES[word](self, schema) for word in RULES if word in leaders]
+        except (KeyError, TypeError, AttributeError, re.error) as fault:
+            raise ValueError(f"the schema {shown(schema)} makes no sense: {fault!r}") from None
         return checks[0] if len(checks) == 1 else lambda value: first(check(value) for check in checks)
 
     def reference(self, schema):
@@ -294,8 +308,8 @@ class Checker:
         return check
 
     def resolve(self, pointer: str):
-        if not pointer.startswith("#"):
-            raise ValueError(f"only references within the document are known, not {pointer!r}")
+        if pointer != "#" and not pointer.startswith("#/"):
+            raise ValueError(f"only references to places within the document are known, not {pointer!r}")
         found = self.root
         for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
             step = step.replace("~1", "/").replace("~0", "~")
@@ -403,8 +417,9 @@ def rule_unique(checker, schema):
 
 def rule_pattern(checker, schema):
     """Searched anywhere in the text, as ECMA 262 has it: `$` is the very end, never before a last line break."""
-    ecma = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|\$", lambda m: r"\Z" if m[0] == "$" else m[0], schema["pattern"])
-    found = re.compile(ecma).search
+    known = {"$": r"\Z", r"\p{Letter}": r"[^\W\d_]", r"\p{L}": r"[^\W\d_]", r"\p{digit}": r"\d", r"\p{Nd}": r"\d", r"\d": "[0-9]"}
+    pieces = r"\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|\$"
+    found = re.compile(re.sub(pieces, lambda piece: known.get(piece[0], piece[0]), schema["pattern"])).search
     return lambda value: (
         ([], f"must match {schema['pattern'][:80]}, not {shown(value)}") if isinstance(value, str) and not found(value) else None
     )
@@ -420,13 +435,19 @@ def rule_bound(word, applies, fits, words):
     return rule
 
 
+def forms(checker, schemas):
+    if not isinstance(schemas, list) or not schemas:
+        raise TypeError("a list of schemas is needed")
+    return [checker.compile(one) for one in schemas]
+
+
 def rule_any(checker, schema):
-    inner = [checker.compile(one) for one in schema["anyOf"]]
+    inner = forms(checker, schema["anyOf"])
     return lambda value: deepest([check(value) for check in inner])
 
 
 def rule_one(checker, schema):
-    inner = [checker.compile(one) for one in schema["oneOf"]]
+    inner = forms(checker, schema["oneOf"])
 
     def check(value):
         results = [check(value) for check in inner]
@@ -441,7 +462,7 @@ def deepest(results):
 
 
 def rule_all(checker, schema):
-    inner = [checker.compile(one) for one in schema["allOf"]]
+    inner = forms(checker, schema["allOf"])
     return lambda value: first(check(value) for check in inner)
 
 
@@ -463,6 +484,10 @@ def is_list(value):
     return isinstance(value, list)
 
 
+def is_object(value):
+    return isinstance(value, dict)
+
+
 RULES = {
     "$ref": Checker.reference,
     "type": rule_type,
@@ -476,6 +501,8 @@ RULES = {
     "maxLength": rule_bound("maxLength", is_text, lambda v, limit: len(v) <= limit, "must not be longer than"),
     "minItems": rule_bound("minItems", is_list, lambda v, limit: len(v) >= limit, "must not have fewer items than"),
     "maxItems": rule_bound("maxItems", is_list, lambda v, limit: len(v) <= limit, "must not have more items than"),
+    "minProperties": rule_bound("minProperties", is_object, lambda v, limit: len(v) >= limit, "must not have fewer fields than"),
+    "maxProperties": rule_bound("maxProperties", is_object, lambda v, limit: len(v) <= limit, "must not have more fields than"),
     "minimum": rule_bound("minimum", is_number, lambda v, limit: v >= limit, "must be at least"),
     "maximum": rule_bound("maximum", is_number, lambda v, limit: v <= limit, "must be at most"),
     "exclusiveMinimum": rule_bound("exclusiveMinimum", is_number, lambda v, limit: v > limit, "must be more than"),
@@ -526,26 +553,31 @@ def schema_check(name: str):
 
 @functools.cache
 def operations(tag: str) -> dict[str, Operation]:
-    """The contract's operations of one server by operationId; ValueError where a schema cannot be checked."""
-    for name in contract()["components"]["schemas"]:
-        schema_check(name)
-    found = {}
-    for path, methods in contract()["paths"].items():
-        for method, spec in methods.items():
-            if tag in spec["tags"]:
-                found[spec["operationId"]] = operation(method.upper(), path, spec)
-    return found
+    """The contract's operations of one server by operationId; SystemExit with one line where anything in it cannot be checked."""
+    try:
+        for name in contract()["components"]["schemas"]:
+            schema_check(name)
+        found = [operation(method.upper(), path, spec) for path, methods in contract()["paths"].items() for method, spec in methods.items()]
+        for response in contract()["components"]["responses"].values():
+            json_check(response)
+        if repeated := [name for name, count in collections.Counter(one.id for one, _ in found).items() if count > 1]:
+            raise ValueError(f"the operationId {repeated[0]!r} stands twice")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
+        raise SystemExit(f"liminal: contracts.json cannot be used: {' '.join(str(fault).split())}") from None
+    return {one.id: one for one, tags in found if tag in tags}
 
 
-def operation(method: str, path: str, spec: dict) -> Operation:
+def operation(method: str, path: str, spec: dict) -> tuple[Operation, list[str]]:
+    """(one operation compiled, the servers that have it)."""
     parameters = []
     for given in spec.get("parameters", ()):
         given = checker().resolve(given["$ref"]) if "$ref" in given else given
         schema = checker().resolve(given["schema"]["$ref"]) if "$ref" in given["schema"] else given["schema"]
         rest = given.get("required", False), schema.get("type"), schema.get("default"), checker().compile(schema)
         parameters.append(Parameter(given["name"], given["in"], *rest))
-    replies = {int(code): json_check(reply) for code, reply in spec["responses"].items() if code.isdigit()}
-    return Operation(
+    checks = {code: json_check(reply) for code, reply in spec["responses"].items()}
+    replies = {int(code): check for code, check in checks.items() if code.isdigit()}
+    made = Operation(
         id=spec["operationId"],
         method=method,
         path=path,
@@ -556,11 +588,14 @@ def operation(method: str, path: str, spec: dict) -> Operation:
         status=min(replies),
         replies=replies,
     )
+    return made, spec["tags"]
 
 
 def json_check(part: dict):
-    content = part.get("content", {}).get("application/json")
-    return checker().compile(content["schema"]) if content else None
+    """The check of a body's JSON form, None where it has none; the schemas of its other forms are compiled as well."""
+    part = checker().resolve(part["$ref"]) if "$ref" in part else part
+    checks = {kind: checker().compile(form["schema"]) for kind, form in part.get("content", {}).items()}
+    return checks.get("application/json")
 
 
 def check(test, value, what: str) -> None:
@@ -642,7 +677,7 @@ class Decoder:
             self.after_cr = data.endswith(b"\r")
             data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
         *lines, self.tail = (self.tail + data).split(b"\n")
-        if len(self.tail) > MAX_LINE:
+        if max(map(len, lines), default=0) > MAX_LINE or len(self.tail) > MAX_LINE:
             raise ValueError(f"a line of more than {MAX_LINE} bytes")
         if lines and not self.begun:
             self.begun, lines[0] = True, lines[0].removeprefix(b"\xef\xbb\xbf")
@@ -684,7 +719,7 @@ class Metrics:
                 self.histograms[name] = [0] * (len(limits) + 1) + [0.0]  # a count per bucket, and the sum
 
     def count(self, name: str, n: float = 1, **labels: str) -> None:
-        key = name, tuple(labels.items())
+        key = name, tuple(sorted(labels.items()))
         self.counters[key] = self.counters.get(key, 0) + n
 
     def observe(self, name: str, value: float) -> None:
@@ -694,7 +729,7 @@ class Metrics:
         counts[-1] += value
 
     def value(self, name: str, **labels: str) -> float:
-        return self.counters.get((name, tuple(labels.items())), 0)
+        return self.counters.get((name, tuple(sorted(labels.items()))), 0)
 
     def by_label(self, name: str, label: str, **labels: str) -> dict[str, int]:
         """A counter's values by one label, where the others are as given."""
@@ -731,7 +766,7 @@ class Metrics:
             else:
                 found = {labels: n for (counter, labels), n in self.counters.items() if counter == name} or {(): 0}
                 for labels, n in found.items():
-                    inside = ",".join(f'{label}="{value}"' for label, value in labels)
+                    inside = ",".join(f"{label}={json.dumps(value, ensure_ascii=False)}" for label, value in labels)
                     lines.append(f"{name}{{{inside}}} {n}" if inside else f"{name} {n}")
         return "\n".join(lines) + "\n"
 
@@ -751,10 +786,7 @@ def make_application(tag: str, handlers: dict, authenticate, settings: Settings,
     `authenticate(call)` raises or fills in the caller. SystemExit where contract and handlers differ, in either direction."""
     from aiohttp import web
 
-    try:
-        known = operations(tag)
-    except (ValueError, KeyError, TypeError, re.error) as fault:
-        raise SystemExit(f"liminal: contracts.json: {fault}") from None
+    known = operations(tag)
     if known.keys() != handlers.keys():
         missing, extra = sorted(known.keys() - handlers.keys()), sorted(handlers.keys() - known.keys())
         raise SystemExit(f"liminal: contract and {tag} differ: without a handler {missing}, without an operation {extra}")
@@ -899,6 +931,22 @@ def serve(name: str, make_app) -> None:
     os.close(held)
 
 
+def answer_no_http(protocol, request, status=500, exc=None, message=None):
+    """In place of aiohttp's plain text: what its parser refuses (no HTTP, or headers over the limit) in the one error shape."""
+    from aiohttp import web
+
+    if request.writer.output_size > 0:
+        raise ConnectionError("the answer has begun already")
+    if status >= 500:
+        log.error("a request failed before its handler", exc_info=exc)
+    code = "internal" if status >= 500 else "invalid_request"
+    words = f"this is no request that can be taken: {' '.join(str(message or exc).split())[:200]}"
+    body = encode_json({"error": Problem(code, words).detail(str(uuid.uuid4()))})
+    answer = web.json_response(text=body, status=status)
+    answer.force_close()
+    return answer
+
+
 async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     import asyncio
 
@@ -907,6 +955,7 @@ async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
+    web.RequestHandler.handle_error = answer_no_http
     limit = contract()["x-limits"]["header_bytes"]
     limits = {"max_field_size": limit, "max_line_size": limit}
     runner = web.AppRunner(await make_app(settings), access_log=None, shutdown_timeout=GRACE / 2, **limits)
@@ -1288,7 +1337,7 @@ def printable(text: str) -> str:
 
 
 def coloured(file) -> bool:
-    return file.isatty() and not os.environ.get("NO_COLOR")
+    return file.isatty() and not Settings.environment("NO_COLOR")
 
 
 def note(text: str) -> None:
@@ -1574,7 +1623,7 @@ def tell_unseen_keys(client: Client) -> None:
     """A key that stands in this terminal's environment is no use to servers that were started without it."""
     for provider in client.ask("GET", "/api/v1/providers")["providers"]:
         name = provider["key_env"]
-        if name and os.environ.get(name) and not provider["key_set"]:
+        if name and Settings.environment(name) and not provider["key_set"]:
             mend = f"`liminal down` and `liminal up`, or `liminal providers key {provider['name']}`"
             note(f"{name} is set here, but the running servers do not have it: {mend}")
 
@@ -1883,10 +1932,10 @@ def set_key(client: Client, name: str) -> None:
     if not secret or not secret.isprintable() or set(secret) & set(" \"'#"):
         raise Problem("invalid_request", "that is no key: nothing was changed")
     path = client.settings.data / "env"
-    kept = [line for line in path.read_text().splitlines() if variable_of(line) != variable] if path.exists() else []
+    kept = [line for line in path.read_text().rstrip("\n").split("\n") if variable_of(line) != variable] if path.exists() else []
     write_private(path, "\n".join([*kept, f"{variable}={secret}"]) + "\n")
     say(f"{variable} is in {path}; the next message uses it")
-    if os.environ.get(variable, secret) != secret:
+    if Settings.environment(variable) not in ("", secret):
         note(f"another {variable} stands in this environment, and wins in servers that are started from it")
 
 

@@ -69,7 +69,6 @@ ATTEMPTS = 4  # calls to an overloaded provider before its error stands; only ev
 LONGEST_WAIT = 30.0  # seconds between two such calls, whatever the provider asks for
 CONNECT = 10.0  # seconds to connect to a provider
 MODELS_FRESH = 60.0  # seconds for which a provider's own list of models is believed
-MODELS_FAILED = 2.0  # and for which a failure to get it
 TITLE = 60  # characters of a first message that make the title of its thread
 BYTES_PER_TOKEN = 3  # the design's estimate, on the safe side for most languages
 ANTHROPIC_MODEL, ANTHROPIC_MAX_TOKENS = "claude-sonnet-5-5", 16_000
@@ -1033,10 +1032,11 @@ async def ask_models(domain: Domain, provider: Provider) -> tuple[list[str], str
     if provider.missing or provider.kind == "demo":
         return provider.models, provider.missing
     place = provider.name, provider.base_url, provider.key
-    known = domain.models.get(place)
-    if known is None or known[0] < time.monotonic():
+    known, asked = domain.models.get(place), time.monotonic()
+    if known is None or known[0] < asked:
         found, why = await fetch_models(domain, provider)
-        known = domain.models[place] = time.monotonic() + (MODELS_FRESH if why is None else MODELS_FAILED), found, why
+        fresh = MODELS_FRESH if why is None else 10 * (time.monotonic() - asked)  # who hangs is not asked at each message
+        known = domain.models[place] = time.monotonic() + fresh, found, why
     _, found, why = known
     return [*provider.models, *(model for model in found if model not in provider.models)], why
 

@@ -90,9 +90,7 @@ class Edge:
         self.callers: dict[str, tuple[dict, float]] = {}
         self.queue = Queue(settings.queue_size, Database(settings.data / "overflow.db"), self.metrics)
         self.closing, self.tasks = False, set()
-        self.http = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5), connector=aiohttp.TCPConnector(limit=0)
-        )
+        self.http = None
         self.key = private_key(settings)
         self.metrics.gauges = {
             "liminal_clients": lambda: len(self.clients),
@@ -921,6 +919,8 @@ async def make_app(settings: Settings) -> web.Application:
     own = {fn.__name__: fn for fn in (*OWN, list_overflow, get_stats, health, metrics)} | {"contract": contract_document}
     handlers = {name: functools.partial(fn, edge) for name, fn in (own | dict.fromkeys(FORWARDED, forward)).items()}
     app = make_application("edge", handlers, functools.partial(authenticate, edge), settings, edge.metrics)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
+    edge.http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
     for work in (drain, tend, attach_at_start):
         edge.background(work(edge))
     app.on_shutdown.append(lambda app: shut_down(edge))
