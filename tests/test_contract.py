@@ -576,16 +576,6 @@ def nested(depth):
     )
 
 
-def test_json_may_be_nested_to_the_limit(shared):
-    body = nested(CONTRACT["x-limits"]["json_depth"])
-    assert shared.api("POST", "/api/v1/messages", raw=body)[0] == 200
-
-
-def test_json_nested_past_the_limit_is_refused(shared):
-    body = nested(CONTRACT["x-limits"]["json_depth"] + 1)
-    status(shared.api("POST", "/api/v1/messages", raw=body), 400, "invalid_request")
-
-
 def test_header_within_the_limit_is_taken(shared):
     headers = {"x-other": "x" * (CONTRACT["x-limits"]["header_bytes"] - 2000)}
     assert shared.api("GET", "/api/v1/threads", headers=headers)[0] == 200
