@@ -1180,13 +1180,15 @@ class Client:
             raise refused(response.status, data) from None
 
     def stream(self, method: str, path: str, body=None, position: int | None = None):
-        """The events of one reply to its `done`, whatever happens to the connection; a note on standard error says so."""
+        """The events of one reply to its `done`, over a connection of its own, and another where that one breaks; a note on
+        standard error says so."""
+        wire = Client(self.settings)
         headers, message_id, lost_at = {"Idempotency-Key": str(uuid.uuid4())}, None, None
         headers |= {"Last-Event-ID": str(position)} if position else {}
         self.sent = method, path, body, headers
         while True:
             try:
-                for event, place in self.read_stream(method, path, body, headers):
+                for event, place in wire.read_stream(method, path, body, headers):
                     lost_at = None
                     if event["type"] == "start":
                         if message_id:
@@ -1195,13 +1197,13 @@ class Client:
                     position = place or position
                     yield event
                     if event["type"] == "done":
-                        return self.close()
+                        return wire.close()
             except Lost as error:
                 log.debug("lost the stream: %r", error)
             except Problem as problem:
                 if lost_at is None or problem.code != "domain_unavailable":
                     raise
-            self.close()
+            wire.close()
             self.wait_for_server(lost_at)
             lost_at = lost_at or time.monotonic()
             if message_id:
@@ -1415,7 +1417,6 @@ def show(client: Client, events, as_json: bool = False) -> dict:
     except KeyboardInterrupt:
         if column not in ("", "\n"):
             say("")
-        client.close()
         message_id = message_id or client.find_sent()
         receipt = client.ask("POST", f"/api/v1/messages/{message_id}/cancel")
         note(receipt_words(receipt))

@@ -787,13 +787,13 @@ class AnthropicBlocks:
             raise provider_problem(self.provider, 0, str(error.get("message", "")), kind=str(error.get("type", "")))
 
     def delta(self, index: int, delta: dict, out: list[dict]) -> None:
-        kind = delta["type"]
+        kind, texts = delta["type"], self.texts[index]
         if kind in ("text_delta", "thinking_delta"):
             name = kind.removesuffix("_delta")
+            texts.append(delta[name])
             out.append({"type": name, "text": delta[name]})
-            self.texts[index].append(delta[name])
         elif kind == "input_json_delta":
-            self.texts[index].append(delta["partial_json"])
+            texts.append(delta["partial_json"])
         elif kind == "signature_delta":
             block = self.blocks[index]
             block["signature"] = block.get("signature", "") + delta["signature"]
@@ -804,7 +804,7 @@ class AnthropicBlocks:
         for index, block in self.blocks.items():
             text = "".join(self.texts[index])
             if block["type"] in ("text", "thinking"):
-                block[block["type"]] += text
+                block[block["type"]] = valid(block[block["type"]] + text)
             elif block["type"] == "tool_use" and called:
                 block["input"] = arguments_of(self.provider, block["name"], text or encode_json(block.get("input") or {}))
                 call = {"tool_call_id": valid(block["id"]), "name": valid(block["name"]), "arguments": block["input"]}
@@ -943,7 +943,7 @@ class OpenaiChoice:
             named = valid(call["id"] or f"call_{index}_{secrets.token_hex(4)}"), valid(call["name"])
             out.append({"type": "tool_call", "tool_call_id": named[0], "name": named[1], "arguments": arguments})
             calls.append(openai_call(out[-1]))
-        said = {"role": "assistant", "content": "".join(self.texts) or None, **({"tool_calls": calls} if calls else {})}
+        said = {"role": "assistant", "content": valid("".join(self.texts)) or None, **({"tool_calls": calls} if calls else {})}
         out.append({"type": "end", "stop_reason": stop_reason, "blocks": said})
         return out
 
