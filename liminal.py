@@ -1068,6 +1068,17 @@ def open_database(path: pathlib.Path):
     return db
 
 
+def check_database(path: pathlib.Path) -> str:
+    """"ok", or the first thing that SQLite finds wrong; over a connection that only reads."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True)) as db:
+            return db.execute("pragma quick_check(1)").fetchone()[0]
+    except sqlite3.Error as error:
+        return str(error)
+
+
 def answer(loop, future, result, error) -> None:
     """Settle a job's future in its own loop; an error of SQLite becomes one that people understand."""
 
@@ -1518,6 +1529,11 @@ def arg(*names, **options):
     arg("-s", "--system", help="the system text of a new thread, or of this one reply"),
     arg("-c", "--continue", dest="again", action="store_true", help="go on with the newest thread"),
     arg("-t", "--thread", help="go on with this thread (an id, or 4 or more of its first characters)"),
+    arg("-f", "--file", action="append", help="put a text file into the message, with its name (repeatable)"),
+    arg("-o", "--option", nargs=2, action="append", metavar=("KEY", "VALUE"), help="pass an option to the provider (repeatable)"),
+    arg("-u", "--usage", action="store_true", help="show usage, cost, time to first token and rate on standard error"),
+    arg("--no-stream", action="store_true", help="print the reply when it is whole"),
+    arg("--background", action="store_true", help="print the reply's id and leave; `liminal attach` shows it"),
     arg("--tools", action=argparse.BooleanOptionalAction, default=True, help="offer tools to the model (see `liminal tools`)"),
     arg("-T", dest="patterns", action="append", metavar="PATTERN", help="offer only tools that match, as in 'git__*' (repeatable)"),
     arg("--allow", action="append", metavar="PATTERN", help="allow these tools for this run (repeatable)"),
@@ -1526,7 +1542,7 @@ def arg(*names, **options):
     arg("--measure-token-rate", action="store_true", help="show token rate, bundles and gaps"),
 )
 def chat(settings: Settings, options) -> int:
-    content = "\n\n".join(part for part in (piped().strip("\n"), " ".join(options.message)) if part)
+    content = "\n\n".join(part for part in (piped().strip("\n"), *map(read_file, options.file or ()), " ".join(options.message)) if part)
     if not content.isprintable() and content != content.encode("utf-8", "replace").decode():
         raise Problem("invalid_request", "the message is not valid UTF-8")
     if not content.strip() and not sys.stdin.isatty():
@@ -1539,12 +1555,59 @@ def chat(settings: Settings, options) -> int:
         thread_id = threads[0]["id"] if threads else None
         if threads and not content:
             show_last_turn(client, thread_id)
-    fields = {"model": options.model, "system": options.system, "thread_id": thread_id}
+    fields = {"model": find_model(client, options.model), "system": options.system, "thread_id": thread_id}
     fields |= {"tools": options.patterns if options.tools else False, "allow": options.allow}
+    fields["options"] = {key: option_value(value) for key, value in options.option} if options.option else None
     fields = {name: value for name, value in fields.items() if value is not None}
-    if content:
-        return exit_code(send(client, content, fields, options)[0])
-    return talk(client, fields, options)
+    if not content:
+        return talk(client, fields, options)
+    if options.background or options.no_stream:
+        return send_quietly(client, {"content": content, **fields}, options)
+    return exit_code(send(client, content, fields, options)[0])
+
+
+def read_file(name: str) -> str:
+    try:
+        return f"File {name}:\n\n```\n{pathlib.Path(name).read_text().rstrip()}\n```"
+    except (OSError, UnicodeError) as error:
+        raise Problem("invalid_request", f"{name} cannot be sent as text: {getattr(error, 'strerror', None) or error}") from None
+
+
+def option_value(text: str):
+    """JSON where it is, else the text itself: `-o seed 7` is a number, `-o user ada` a word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def find_model(client: Client, name: str | None) -> str | None:
+    """The model that a part of its name means, as in `-m haiku`; what names a provider is left as it is."""
+    if not name or "/" in name:
+        return name
+    found = [one["id"] for one in client.ask("GET", "/api/v1/models")["models"] if name in one["id"] and one["available"]]
+    exact = [one for one in found if name in one.split("/", 1)] or found
+    if len(exact) != 1 and not any(one.startswith(f"{name}/") for one in found):
+        words = f"{name!r} could be {', '.join(found[:8])}: give more of it" if found else f"no usable model has {name!r} in its name"
+        raise Problem("unknown_model", f"{words} (`liminal models`)")
+    return exact[0] if len(exact) == 1 else name
+
+
+def send_quietly(client: Client, body: dict, options) -> int:
+    """Without a stream: the id of a reply in the background, or a whole reply at once."""
+    path, headers = "/api/v1/messages", {"Idempotency-Key": str(uuid.uuid4())}
+    if options.background:
+        accepted = client.ask("POST", path, {**body, "background": True}, headers)
+        say(encode_json(accepted) if options.json else accepted["message_ids"][0])
+        return 0
+    message = client.ask("POST", path, {**body, "stream": False}, headers)
+    if options.json:
+        say(encode_json(message))
+    else:
+        say(message["content"], end="" if message["content"].endswith("\n") else "\n")
+    if options.usage:
+        note(usage_words(message["usage"]))
+    return fail(f"{message['error']['message']} ({message['error']['code']})", 1) if message["error"] else 0
 
 
 def exit_code(done: dict) -> int:
@@ -1557,7 +1620,8 @@ def send(client: Client, content: str, fields: dict, options) -> tuple[dict, str
     if thread_id:
         attach_running(client, thread_id)
     seen = Measure()
-    events = seen.watch(client.stream("POST", "/api/v1/messages", {"content": content, **fields}))
+    body = {name: value for name, value in fields.items() if name != "message_id"}
+    events = seen.watch(client.stream("POST", "/api/v1/messages", {"content": content, **body}))
     done = show(client, events, options.json)
     if options.measure_ttft or options.measure_token_rate:
         figures = seen.figures(options.measure_ttft, options.measure_token_rate)
@@ -1565,6 +1629,9 @@ def send(client: Client, content: str, fields: dict, options) -> tuple[dict, str
             say(encode_json({"type": "measure", **figures}))
         else:
             note("\n".join(f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()))
+    if options.usage and not options.json:
+        note(f"{usage_words(done['usage'])}, first token after {seen.ttft_ms()} ms, {seen.rate()} tokens/s")
+    fields.update(message_id=seen.message_id)
     return done, seen.thread_id or thread_id
 
 
@@ -1588,22 +1655,28 @@ def show_last_turn(client: Client, thread_id: str) -> None:
 
 
 def talk(client: Client, fields: dict, options) -> int:
-    """The interactive chat: one message after another in one thread, until the end of input."""
-    try:
-        import readline  # noqa: F401  (line editing, and a pasted block stays one message)
-    except ImportError:
-        pass
-    note("Ctrl-C stops a reply, Ctrl-D leaves")
+    """The interactive chat: one message after another in one thread, until the end of input. `fields` go with each message;
+    `message_id` in them is the last reply."""
+    remember = keep_history(client.settings)
+    note("Ctrl-C stops a reply, Ctrl-D leaves, /help shows more")
     while True:
         try:
             content = read_message()
         except (EOFError, KeyboardInterrupt):
             say("")
+            remember()
             return 0
-        if not content.strip():
-            continue
         try:
-            _, fields["thread_id"] = send(client, content, fields, options)
+            word, _, rest = content.strip().partition(" ")
+            if word == "/quit":
+                remember()
+                return 0
+            if word in SLASH:
+                SLASH[word][0](client, fields, rest.strip(), options)
+            elif re.fullmatch("/[a-z]+", word):
+                note(f"there is no {word}: /help shows what there is")
+            elif content.strip():
+                _, fields["thread_id"] = send(client, content, fields, options)
         except KeyboardInterrupt:
             client.close()
         except Problem as problem:
@@ -1612,12 +1685,93 @@ def talk(client: Client, fields: dict, options) -> int:
             fail(str(problem), 3)
 
 
+def keep_history(settings: Settings):
+    """Line editing and a history in data/chat_history (0600); returns what saves it."""
+    try:
+        import readline
+    except ImportError:
+        return lambda: None
+    path = settings.data / "chat_history"
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+
+    def remember():
+        with contextlib.suppress(OSError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+            readline.write_history_file(path)
+
+    return remember
+
+
 def read_message() -> str:
-    """One message from the terminal: a line, or a whole block where more of it is already there, since it was pasted."""
+    """One message from the terminal: a line, with what follows a backslash at its end, or a whole pasted block."""
     block = [input("> ")]
-    while select.select([sys.stdin], [], [], 0.03)[0]:
-        block.append(input())
+    while block[-1].endswith("\\") or select.select([sys.stdin], [], [], 0.03)[0]:
+        continued = block[-1].endswith("\\")
+        block[-1] = block[-1].removesuffix("\\")
+        block.append(input("… " if continued else ""))
     return "\n".join(block)
+
+
+def slash_help(client: Client, fields: dict, rest: str, options) -> None:
+    table([(word, meaning) for word, (_, meaning) in SLASH.items()] + [("/quit", "leave, as Ctrl-D does")])
+
+
+def slash_model(client: Client, fields: dict, rest: str, options) -> None:
+    if rest:
+        fields["model"] = find_model(client, rest)
+    note(f"model: {fields.get('model') or 'the default'}")
+
+
+def slash_system(client: Client, fields: dict, rest: str, options) -> None:
+    fields["system"] = rest
+    note("the system text is set for what follows" if rest else "no system text for what follows")
+
+
+def slash_retry(client: Client, fields: dict, rest: str, options) -> None:
+    body = {"model": find_model(client, rest)} if rest else {}
+    seen = Measure()
+    show(client, seen.watch(client.stream("POST", f"/api/v1/messages/{last_reply(fields)}/retry", body)), options.json)
+    fields["message_id"] = seen.message_id
+
+
+def slash_fork(client: Client, fields: dict, rest: str, options) -> None:
+    path = f"/api/v1/threads/{fields.get('thread_id')}/fork"
+    thread = client.ask("POST", path, {"message_id": last_reply(fields)})
+    fields["thread_id"] = thread["id"]
+    fields.pop("message_id")
+    note(f"going on in a copy of this thread, {thread['id'][:8]}")
+
+
+def slash_react(client: Client, fields: dict, rest: str, options) -> None:
+    found = client.ask("POST", f"/api/v1/messages/{last_reply(fields)}/reactions", {"emoji": rest})
+    note(reaction_words(found))
+
+
+def slash_tools(client: Client, fields: dict, rest: str, options) -> None:
+    choices = {"": fields.get("tools"), "on": None, "off": False}
+    fields["tools"] = choices[rest] if rest in choices else rest.split()
+    if fields["tools"] is None:
+        del fields["tools"]
+    note(f"tools: {'off' if fields.get('tools') is False else ' '.join(fields.get('tools') or ['all'])}")
+
+
+def last_reply(fields: dict) -> str:
+    if not fields.get("message_id"):
+        raise Problem("invalid_request", "there is no reply yet in this chat")
+    return fields["message_id"]
+
+
+SLASH = {
+    "/help": (slash_help, "show this"),
+    "/model": (slash_model, "show or change the model: /model haiku"),
+    "/system": (slash_system, "change the system text: /system Answer in French."),
+    "/retry": (slash_retry, "another reply to the same message, with another model if named"),
+    "/fork": (slash_fork, "go on in a copy of this thread"),
+    "/react": (slash_react, "react to the last reply: /react 👍"),
+    "/tools": (slash_tools, "offer tools: /tools on, /tools off, /tools git__*"),
+}
 
 
 def tell_unseen_keys(client: Client) -> None:
@@ -1643,11 +1797,22 @@ def all_messages(client: Client, thread_id: str) -> list[dict]:
         after = page[-1]["number"]
 
 
-def headline(message: dict) -> str:
+def headline(message: dict, place: str = "") -> str:
     who = "you" if message["role"] == "user" else message["model"]
     state = "" if message["status"] == "complete" else f" · {message['status']}"
     reactions = "".join(f" {one['emoji']}{one['count'] if one['count'] > 1 else ''}" for one in message["reactions"])
-    return f"── {who} · {local_time(message['created_at'])} · {message['id'][:8]}{state}{reactions}"
+    return f"── {who} · {local_time(message['created_at'])} · {message['id'][:8]}{place}{state}{reactions}"
+
+
+def places(messages: list[dict]) -> list[str]:
+    """What tells where a message hangs, where that is not plainly behind the one before: branches and retries."""
+    words, before = [], None
+    for message in messages:
+        beside = [one["id"] for one in messages if (one["parent_id"], one["role"]) == (message["parent_id"], message["role"])]
+        word = f" · {'reply' if message['role'] == 'assistant' else 'branch'} {beside.index(message['id']) + 1} of {len(beside)}"
+        words.append((word if len(beside) > 1 else "") + (f" to {message['parent_id'][:8]}" if message["parent_id"] not in (None, before) else ""))
+        before = message["id"]
+    return words
 
 
 def local_time(text: str) -> str:
@@ -1655,6 +1820,9 @@ def local_time(text: str) -> str:
 
     seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+THREAD = arg("thread", nargs="?", help="an id or its first characters; without one, the newest thread")
 
 
 @command("threads", "list your threads, newest first", "liminal threads", arg("-n", type=int, default=20, help="how many"))
@@ -1668,21 +1836,15 @@ def threads(settings: Settings, options) -> int:
     "show",
     "print a thread, with its usage and cost at the end",
     "liminal show 3f2a",
-    arg("thread", nargs="?", help="an id or its first characters; without one, the newest thread"),
+    THREAD,
 )
 def show_thread(settings: Settings, options) -> int:
     client = connect(settings)
-    if options.thread:
-        thread = client.ask("GET", f"/api/v1/threads/{quote(options.thread)}")
-    else:
-        newest = client.ask("GET", "/api/v1/threads?limit=1")["threads"]
-        if not newest:
-            raise Problem("not_found", 'there is no thread yet: `liminal chat "hello"` begins one')
-        thread = newest[0]
+    thread = find_thread(client, options.thread)
     say(f"# {thread['title'] or '(untitled)'}  ({thread['id'][:8]})")
     messages = all_messages(client, thread["id"])
-    for message in messages:
-        say(f"\n{headline(message)}")
+    for message, place in zip(messages, places(messages)):
+        say(f"\n{headline(message, place)}")
         say(message["content"].rstrip("\n"))
         if message["error"]:
             say(f"[{message['error']['message']}]")
@@ -1691,6 +1853,87 @@ def show_thread(settings: Settings, options) -> int:
     total = {name: sum(usage[name] for usage in told) for name in ("input_tokens", "cached_tokens", "output_tokens")}
     total |= {"cost": sum(costs) if costs else None, "estimated": any(usage["estimated"] for usage in told)}
     say(f"\n{usage_words(total)}")
+    return 0
+
+
+def find_thread(client: Client, ref: str | None) -> dict:
+    if ref:
+        return client.ask("GET", f"/api/v1/threads/{quote(ref)}")
+    newest = client.ask("GET", "/api/v1/threads?limit=1")["threads"]
+    if not newest:
+        raise Problem("not_found", 'there is no thread yet: `liminal chat "hello"` begins one')
+    return newest[0]
+
+
+@command("search", "find messages that hold all the words", "liminal search blue sky", arg("words", nargs="+"))
+def search(settings: Settings, options) -> int:
+    found = connect(settings).ask("GET", f"/api/v1/search?q={quote(' '.join(options.words))}")["results"]
+    marks = ("\x1b[1m", "\x1b[0m") if coloured(sys.stdout) else ("", "")
+    for one in found:
+        say(f"{one['thread_id'][:8]} {one['message_id'][:8]} {local_time(one['created_at'])} {one['role']}")
+        for piece in re.split("([\x02\x03])", " ".join(one["snippet"].split(" "))):
+            print(marks[0] if piece == "\x02" else marks[1] if piece == "\x03" else printable(piece), end="")
+        say("\n")
+    return 0 if found else fail("nothing found", 1)
+
+
+@command(
+    "fork",
+    "go on from a message in a copy of its thread",
+    "liminal fork 7be1",
+    arg("message", nargs="?", help="the last message of the copy; without one, the newest reply"),
+)
+def fork(settings: Settings, options) -> int:
+    client = connect(settings)
+    message = find_reply(client, options.message)
+    thread = client.ask("POST", f"/api/v1/threads/{message['thread_id']}/fork", {"message_id": message["id"]})
+    say(thread["id"])
+    note(f'go on with: liminal chat -t {thread["id"][:8]} "..."')
+    return 0
+
+
+@command("rename", "give a thread another title", 'liminal rename 3f2a "blue skies"', arg("thread"), arg("title"))
+def rename(settings: Settings, options) -> int:
+    thread = connect(settings).ask("PATCH", f"/api/v1/threads/{quote(options.thread)}", {"title": options.title})
+    say(f"{thread['id'][:8]}  {thread['title']}")
+    return 0
+
+
+@command("delete", "delete a thread and its messages", "liminal delete 3f2a", arg("thread"), arg("-y", "--yes", action="store_true", help="do not ask"))
+def delete(settings: Settings, options) -> int:
+    client = connect(settings)
+    thread = find_thread(client, options.thread)
+    if not options.yes:
+        confirm(f"delete {thread['title'] or '(untitled)'!r} ({thread['id'][:8]}) with all its messages?")
+    client.ask("DELETE", f"/api/v1/threads/{thread['id']}")
+    say("deleted")
+    return 0
+
+
+def confirm(question: str) -> None:
+    """Ask on a terminal; Problem where the answer is not yes, or nobody can be asked."""
+    if not sys.stdin.isatty() or input(f"{printable(question)} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise Problem("invalid_request", "nothing was done (-y does not ask)")
+
+
+@command(
+    "export",
+    "print a thread as Markdown, or as JSON lines",
+    "liminal export 3f2a --format jsonl",
+    THREAD,
+    arg("--format", choices=["md", "jsonl"], default="md"),
+)
+def export(settings: Settings, options) -> int:
+    client = connect(settings)
+    thread = find_thread(client, options.thread)
+    if options.format == "md":
+        say(f"# {thread['title'] or '(untitled)'}")
+    for message in all_messages(client, thread["id"]):
+        if options.format == "jsonl":
+            say(encode_json(message))
+        else:
+            who = "You" if message["role"] == "user" else message["model"]
+            say(f"\n## {who}\n\n{message['content'].rstrip()}")
     return 0
 
 
@@ -1708,8 +1951,12 @@ def react(settings: Settings, options) -> int:
         found = client.ask("DELETE", f"{path}/{quote(options.emoji)}")
     else:
         found = client.ask("POST", path, {"emoji": options.emoji})
-    say("  ".join(f"{one['emoji']} {one['count']}" for one in found["reactions"]) or "no reactions")
+    say(reaction_words(found))
     return 0
+
+
+def reaction_words(found: dict) -> str:
+    return "  ".join(f"{one['emoji']} {one['count']}" for one in found["reactions"]) or "no reactions"
 
 
 MESSAGE = arg("message", nargs="?", help="an id or its first characters; without one, the newest")
@@ -1959,21 +2206,40 @@ def down(settings: Settings, options) -> int:
     return 0
 
 
-@command("status", "what runs, where, and which version", "liminal status")
+@command("status", "what runs, where, which version, and whether all is well", "liminal status")
 def status(settings: Settings, options) -> int:
-    rows, well = [("data", settings.data)], True
-    for name, url in (("domain", settings.domain_url), ("edge", settings.url)):
-        try:
-            seen = Client(dataclasses.replace(settings, url=url)).ask("GET", "/health")
-            age = "" if seen["version"] == version() else ", older than the files: `liminal down` and `liminal up`"
-            other = "" if seen["instance"] == settings.instance else ", of another data folder"
-            process = holder(settings, name)
-            rows.append((name, f"well at {url}" + (f", process {process}" if process else "") + f", version {seen['version']}{age}{other}"))
-        except (Unreachable, Problem, KeyError, TypeError):
-            well = False
-            rows.append((name, f"not running at {url}: `liminal up` starts it"))
+    rows = [("data", settings.data)]
+    well = all([server_row(settings, name, url, rows) for name, url in (("domain", settings.domain_url), ("edge", settings.url))])
+    open_files = [path.name for path in settings.data.glob("*") if path.stat().st_mode & 0o077] if settings.data.is_dir() else []
+    if open_files:
+        rows.append(("files", f"readable by others: {' '.join(sorted(open_files))}; mend it with chmod -R go= {settings.data}"))
+    if well:
+        client = Client(settings)
+        for one in client.ask("GET", "/api/v1/providers")["providers"]:
+            if one["key_env"]:
+                mend = f"not set: `liminal providers key {one['name']}`"
+                rows.append((one["name"], f"{one['key_env']} {'is set' if one['key_set'] else mend}"))
+        with contextlib.suppress(Problem):  # these two are for owners
+            for name, state in client.ask("GET", "/api/v1/status")["databases"].items():
+                rows.append((name, state if state == "ok" else f"{state}: restore it from a backup"))
+            waits = client.ask("GET", "/api/v1/overflow?limit=1")
+            rows.append(("queue", f"{waits['queue']} bundles wait, {waits['overflow']} in overflow.db (`liminal overflow`)"))
     table(rows)
     return 0 if well else 3
+
+
+def server_row(settings: Settings, name: str, url: str, rows: list) -> bool:
+    """Add a line on one server; whether it is well."""
+    try:
+        seen = Client(dataclasses.replace(settings, url=url), timeout=3).ask("GET", "/health")
+        age = "" if seen["version"] == version() else ", older than the files: `liminal down` and `liminal up`"
+        other = "" if seen["instance"] == settings.instance else ", of another data folder: set its port"
+        process = holder(settings, name)
+        rows.append((name, f"well at {url}" + (f", process {process}" if process else "") + f", version {seen['version']}{age}{other}"))
+        return True
+    except (Unreachable, Problem, KeyError, TypeError):
+        rows.append((name, f"not running at {url}: `liminal up` starts it"))
+        return False
 
 
 ################ Breaking things on purpose
@@ -1987,7 +2253,7 @@ LOAD = "demo/load-200-50"
     "test",
     "measure and break a running system on purpose",
     "liminal test network --simulate-disconnect --at-token 20 --times 3",
-    arg("what", choices=["concurrent", "network"], help="many streams at once, or dropped connections and killed servers"),
+    arg("what", choices=["concurrent", "network", "contract", "all"], help="many streams at once; dropped connections and killed servers; every operation with good and bad input; all three"),
     arg("-m", "--model", default=LOAD, help=f"the model to test with (default: {LOAD})"),
     arg("--sessions", type=int, default=10, help="concurrent: how many at once"),
     arg("--messages", type=int, default=1, help="concurrent: how many messages in each"),
@@ -1999,15 +2265,18 @@ LOAD = "demo/load-200-50"
     arg("--json", action="store_true", help="the figures as one JSON object"),
 )
 def test(settings: Settings, options) -> int:
-    client = connect(settings)
-    figures = test_concurrent(client, options) if options.what == "concurrent" else test_network(client, options)
-    if options.json:
-        say(encode_json(figures))
-    else:
-        table([(name.replace("_", " "), value) for name, value in figures.items() if name != "faults"])
-        for fault in figures["faults"]:
-            say(f"WRONG: {fault}")
-    return 1 if figures["faults"] else 0
+    client, failed = connect(settings), False
+    kinds = {"concurrent": test_concurrent, "network": test_network, "contract": test_contract}
+    for name in kinds if options.what == "all" else [options.what]:
+        figures = kinds[name](client, options)
+        failed |= bool(figures["faults"])
+        if options.json:
+            say(encode_json({"test": name, **figures}))
+        else:
+            table([(word.replace("_", " "), value) for word, value in figures.items() if word != "faults"])
+            for fault in figures["faults"]:
+                say(f"WRONG: {fault}")
+    return 1 if failed else 0
 
 
 def compare_stored(client: Client, seen: Measure, text: str) -> list[str]:
@@ -2071,8 +2340,7 @@ def test_network(client: Client, options) -> dict:
     if options.kill and not (pid := holder(client.settings, options.kill)):
         raise Problem("invalid_request", f"the {options.kill} of {client.settings.data} does not run here: there is nothing to kill")
     if options.kill and not options.yes:
-        if not sys.stdin.isatty() or input(f"kill -9 the {options.kill}, process {pid}? [y/N] ").strip().lower() != "y":
-            raise Problem("invalid_request", "nothing was killed (-y does not ask)")
+        confirm(f"kill -9 the {options.kill}, process {pid}?")
     seen, drops, began = Measure(), 0, time.monotonic()
     method, path, body = "POST", "/api/v1/messages", {"content": "network test", "model": options.model}
     while not seen.done:
@@ -2094,6 +2362,84 @@ def test_network(client: Client, options) -> dict:
     client.ask("DELETE", f"/api/v1/threads/{seen.thread_id}")
     figures = {"drops": drops, "status": seen.done["status"], "characters": seen.position, "seconds": round(time.monotonic() - began, 2)}
     return {**figures, "sha256": sha256("".join(seen.texts))[:16], "faults": faults}
+
+
+def test_contract(client: Client, options) -> dict:
+    """Every operation of contracts.json with good and with bad input; every answer and event is held against it."""
+    known, faults, calls = operations("edge"), [], collections.Counter()
+
+    def call(name: str, expected: int, body=None, /, *, key: str | None = None, query: str = "", **path):
+        """Call one operation, check status and body; returns the parsed body."""
+        operation = known[name]
+        url = operation.path.format_map({place: quote(value) for place, value in path.items()}) + query
+        one = Client(dataclasses.replace(client.settings, api_key=client.key if key is None else key), timeout=30)
+        if key == "":
+            one.key = "none"
+        response = one.send(operation.method, url, body)
+        data = response.read()
+        kind, calls[name] = response.getheader("Content-Type", ""), calls[name] + 1
+        value = json.loads(data) if data and "json" in kind else None
+        if response.status != expected:
+            faults.append(f"{name}: status {response.status} instead of {expected}: {data[:200]!r}")
+        test = schema_check("Error") if response.status >= 400 else operation.replies.get(response.status)
+        fault = test and "event-stream" not in kind and test(value)
+        if fault:
+            faults.append(f"{name}: {'.'.join(map(str, fault[0]))} {fault[1]}")
+        if "event-stream" in kind:
+            events = [json.loads(text) for _, text, _ in Decoder().feed(data)]
+            faults.extend(f"{name}: {event['type']} {fault}" for event in events if (fault := schema_check("Event")(event)))
+            if [event["type"] for event in events if event["type"] in ("start", "done")] != ["start", "done"]:
+                faults.append(f"{name}: the stream has not exactly one start, first, and one done, last")
+            return events[0]
+        return value
+
+    small = {"content": "contract test", "model": "demo/load-20-0"}
+    started = call("send_message", 200, small)
+    reply, thread = {"message_id": started["message_id"]}, {"thread_id": started["thread_id"]}
+    call("send_message", 200, {**small, "stream": False, **thread})
+    ids = call("send_message", 202, {**small, "background": True})
+    call("stream_message", 200, message_id=ids["message_ids"][0])
+    for name in ("get_message", "stream_message", "cancel_message", "retry_message"):
+        call(name, 200, **reply)
+    call("add_reaction", 200, {"emoji": "👍"}, **reply)
+    call("remove_reaction", 200, emoji="👍", **reply)
+    made = call("create_thread", 201, {"title": "contract test"})
+    for name, body in (("get_thread", None), ("update_thread", {"title": "changed"}), ("list_messages", None)):
+        call(name, 200, body, **thread)
+    forked = call("fork_thread", 201, {"message_id": reply["message_id"]}, **thread)
+    for name, query in (("list_threads", "?limit=1"), ("list_runs", ""), ("list_models", ""), ("list_tools", ""), ("list_providers", "")):
+        call(name, 200, query=query)
+    call("search_messages", 200, query="?q=%22contract")
+    for name in ("list_keys", "get_stats", "health", "metrics", "contract"):
+        call(name, 200)
+    mine = client.ask("GET", "/api/v1/keys")["keys"][0]
+    secret = call("create_key", 201, {"name": "contract test"})
+    call("create_session", 201, key=secret["secret"])
+    call("delete_session", 401)  # a key is no session
+    call("revoke_key", 200, key_id=secret["id"])
+    call("list_threads", 401, key=secret["secret"])
+    owner = client.ask("GET", "/api/v1/keys")["keys"] and Client(client.settings).send("GET", "/api/v1/users").status == 200
+    for name in ("list_users", "list_overflow", "get_status"):
+        call(name, 200 if owner else 403)
+    if owner:
+        user = call("create_user", 201, {"name": f"contract test {mine['id'][:4]} {os.getpid()}"})
+        call("delete_user", 200, user_id=user["id"])
+        call("put_provider", 200, {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}, name="contract-test")
+        call("delete_provider", 204, name="contract-test")
+    nobody, nothing = "00000000-0000-4000-8000-000000000000", {}
+    for name, operation in known.items():
+        places = {given.name: nobody for given in operation.parameters if given.where == "path"}
+        places |= {"emoji": "👍"} if "emoji" in places else {"name": "no-such-thing"} if "name" in places else nothing
+        if operation.security:
+            call(name, 401, {} if operation.body else None, key="", **places)
+        if operation.body_required and "key" in operation.security and (owner or "owner" not in operation.security["key"]):
+            call(name, 400, {"no such field": 1}, **places)
+        elif places and operation.method in ("GET", "DELETE") and (owner or "owner" not in operation.security["key"]):
+            call(name, 404, **places)
+    for one in {thread["thread_id"], ids["thread_id"], made["id"], forked["id"]}:
+        call("delete_thread", 204, thread_id=one)
+    faults += [f"{name} was not called" for name in known if not calls[name]]
+    return {"operations": len(known), "calls": calls.total(), "faults": faults}
 
 
 def kill_and_start(settings: Settings, name: str) -> None:

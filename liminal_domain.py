@@ -47,6 +47,7 @@ from liminal import (
     Metrics,
     Problem,
     Settings,
+    check_database,
     check_event,
     cut,
     encode_json,
@@ -160,9 +161,10 @@ def remove_session(db, hash: str) -> None:
 
 def insert_thread(db, thread: dict) -> None:
     """`or ignore`: a repeated POST has the same derived id, and may find its thread made by the try that was lost."""
-    sql = """insert or ignore into threads (id, user_id, title, system, model, created_at, updated_at)
-             values (:id, :user_id, :title, :system, :model, :created_at, :updated_at)"""
-    db.execute(sql, thread)
+    sql = """insert or ignore into threads
+             values (:id, :user_id, :title, :system, :model, :from_thread, :from_message, :created_at, :updated_at)"""
+    forked = thread.get("forked_from") or {}
+    db.execute(sql, {**thread, "from_thread": forked.get("thread_id"), "from_message": forked.get("message_id")})
 
 
 def find_thread(db, user_id: str, ref: str) -> dict:
@@ -399,6 +401,26 @@ def select_messages(db, user_id: str, thread_id: str, after: int, limit: int) ->
     sql = "select * from messages where thread_id = :thread_id and number > :after order by number limit :limit"
     rows = db.execute(sql, {"thread_id": thread_id, "after": after, "limit": limit}).fetchall()
     return [message_of(db, row, user_id) for row in rows]
+
+
+def copy_way(db, message_id: str, thread_id: str) -> None:
+    """Copy the messages from the root to this one into another thread, with their parts and new ids."""
+    way, names = [], ("role", "speaker", "model", "status", "position", "stop_reason", "usage", "timing", "error")
+    while message_id:
+        way.insert(0, db.execute("select * from messages where id = :id", {"id": message_id}).fetchone())
+        message_id = way[0]["parent_id"]
+    parent = None
+    for number, row in enumerate(way, 1):
+        copy = str(uuid.uuid5(uuid.UUID(thread_id), row["id"]))
+        sql = """insert or ignore into messages (id, thread_id, user_id, number, parent_id, role, speaker, model, status, position,
+                 stop_reason, usage, timing, error, created_at, completed_at) values (:id, :thread_id, :user_id, :number, :parent_id,
+                 :role, :speaker, :model, :status, :position, :stop_reason, :usage, :timing, :error, :created_at, :completed_at)"""
+        kept = pick(row, *names, "user_id", "created_at", "completed_at")
+        db.execute(sql, {**kept, "id": copy, "thread_id": thread_id, "number": number, "parent_id": parent})
+        sql = "insert or ignore into chunks select :copy, position, parts from chunks where message_id = :id"
+        db.execute(sql, {"copy": copy, "id": row["id"]})
+        index_text(db, copy)
+        parent = copy
 
 
 def newest_finished(db, thread_id: str) -> str | None:
@@ -2165,6 +2187,11 @@ async def domain_get_stats(domain: Domain, call: Call):
     return {**ttft, "tokens_per_s": rate, "tokens": domain.tokens, "runs": len(domain.runs), "models": models}
 
 
+async def domain_get_status(domain: Domain, call: Call):
+    folder = domain.settings.data
+    return {"databases": {name: await asyncio.to_thread(check_database, folder / name) for name in ("liminal.db", "messages.db")}}
+
+
 async def domain_store_bundles(domain: Domain, call: Call):
     """Store what the Edge brings, in its order. A bundle above the stored position is filled up from the run."""
     bundles = [fill_gap(domain.runs.get(bundle["message_id"]), bundle) for bundle in call.body["bundles"]]
@@ -2202,6 +2229,17 @@ async def domain_create_thread(domain: Domain, call: Call):
     fields = {**dict.fromkeys(("title", "system", "model")), **call.body}
     thread = new_thread(call.user_id, call.arguments["Idempotency-Key"] or str(uuid.uuid4()), fields)
     await domain.liminal.write(insert_thread, thread)
+    return await domain.liminal.read(find_thread, call.user_id, thread["id"])
+
+
+async def domain_fork_thread(domain: Domain, call: Call):
+    """The copy has new ids, derived so that a repeated POST makes no second one; the thread is written first, as ever."""
+    old = await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
+    last = await find_parent(domain, call.user_id, old["id"], call.body["message_id"])
+    fields = {**pick(old, "title", "system", "model"), "forked_from": {"thread_id": old["id"], "message_id": last}}
+    thread = new_thread(call.user_id, call.arguments["Idempotency-Key"] or str(uuid.uuid4()), fields)
+    await domain.liminal.write(insert_thread, thread)
+    await domain.messages.write(copy_way, last, thread["id"])
     return await domain.liminal.read(find_thread, call.user_id, thread["id"])
 
 

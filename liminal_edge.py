@@ -34,6 +34,7 @@ from liminal import (
     Metrics,
     Problem,
     Settings,
+    check_database,
     check_event,
     contract,
     cut,
@@ -867,6 +868,12 @@ async def get_stats(edge: Edge, call: Call):
     return {"ttft_ms": ttft, "bundles": bundles, "queue": queue, "clients": len(edge.clients), **own, **known}
 
 
+async def get_status(edge: Edge, call: Call):
+    _, known = await edge.ask("domain_get_status", call)
+    own = await asyncio.to_thread(check_database, edge.settings.data / "overflow.db")
+    return {"databases": {**known["databases"], "overflow.db": own}}
+
+
 async def health(edge: Edge, call: Call):
     """The Edge is well without the Domain, and says so."""
     try:
@@ -909,14 +916,14 @@ METRICS = {
     "liminal_queue_wait_seconds": ("from a bundle's closing to the Domain's answer", SECONDS),
 }
 FORWARDED = """get_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
-    list_messages search_messages list_runs list_tools list_models list_providers put_provider delete_provider create_user list_users create_key
+    list_messages fork_thread search_messages list_runs list_tools list_models list_providers put_provider delete_provider create_user list_users create_key
     list_keys""".split()
 OWN = (send_message, retry_message, stream_message, cancel_message, revoke_key, delete_user, create_session, delete_session)
 
 
 async def make_app(settings: Settings) -> web.Application:
     edge = Edge(settings)
-    own = {fn.__name__: fn for fn in (*OWN, list_overflow, get_stats, health, metrics)} | {"contract": contract_document}
+    own = {fn.__name__: fn for fn in (*OWN, list_overflow, get_stats, get_status, health, metrics)} | {"contract": contract_document}
     handlers = {name: functools.partial(fn, edge) for name, fn in (own | dict.fromkeys(FORWARDED, forward)).items()}
     app = make_application("edge", handlers, functools.partial(authenticate, edge), settings, edge.metrics)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
