@@ -1,7 +1,7 @@
 """Liminal, the part that everything shares: the wire, the client and the commands.
 
 Owns: settings, errors, the contract and its checker, positions, Server-Sent Events, serving helpers, the command line.
-Never: opens a database, speaks to an LLM, imports the servers. Only the standard library at the top: the CLI starts fast.
+Never: opens a database, speaks to an LLM, imports the servers. Only the standard library on top: the CLI starts fast.
 
 A token's way: provider -> liminal_domain.py: read_provider, run, record, stream_run
 -> liminal_edge.py: follow_run, bundle, stream_events -> here: Client.stream, show.
@@ -10,14 +10,18 @@ A token's way: provider -> liminal_domain.py: read_provider, run, record, stream
 from __future__ import annotations
 
 import argparse
+import bisect
 import collections
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import math
+import operator
 import os
 import pathlib
 import queue
@@ -52,8 +56,8 @@ class Settings:
     data: pathlib.Path = setting("LIMINAL_DATA", HERE / "data", "folder of databases, keys and logs")
     domain_port: int = setting("LIMINAL_DOMAIN_PORT", 8766, "port of the Domain")
     edge_port: int = setting("LIMINAL_EDGE_PORT", 8765, "port of the Edge")
-    domain_url: str = setting("LIMINAL_DOMAIN_URL", "", "where the Edge finds the Domain (default: this host, its port)")
-    url: str = setting("LIMINAL_URL", "", "where the CLI finds the Edge (default: this host, its port)")
+    domain_url: str = setting("LIMINAL_DOMAIN_URL", "", "http address of the Domain (default: this host, its port)")
+    url: str = setting("LIMINAL_URL", "", "http address of the Edge, for the CLI (default: this host, its port)")
     host: str = setting("LIMINAL_HOST", "127.0.0.1", "address both servers listen on")
     api_key: str = setting("LIMINAL_API_KEY", "", "key of the CLI (default: the one in data/cli.key)", False)
     model: str = setting("LIMINAL_MODEL", "", "model where neither request nor thread names one, as provider/model")
@@ -62,12 +66,12 @@ class Settings:
     files_root: str = setting("LIMINAL_FILES_ROOT", str(HERE), "folders that file tools may read, joined by ':'")
     tool_rounds: int = setting("LIMINAL_TOOL_ROUNDS", 10, "times that a reply may call tools and go on")
     queue_size: int = setting("LIMINAL_QUEUE_SIZE", 1_000, "database bundles that the Edge holds in memory")
-    provider_timeouts: str = setting("LIMINAL_PROVIDER_TIMEOUTS", "600,120", "seconds to a provider's first byte, and between two")
+    provider_timeouts: str = setting("LIMINAL_PROVIDER_TIMEOUTS", "600,120", "seconds to first byte, and between two")
     check_events: bool = setting("LIMINAL_CHECK_EVENTS", False, "1: check every event against the contract (for tests)")
-    edge_private_key: str = setting("EDGE_PRIVATE_KEY", "", "PEM text or path (default: data/edge_private_key.pem)", False)
-    edge_public_key: str = setting("EDGE_PUBLIC_KEY", "", "PEM text or path (default: data/edge_public_key.pem)")
+    edge_private_key: str = setting("EDGE_PRIVATE_KEY", "", "PEM or path (default: data/edge_private_key.pem)", False)
+    edge_public_key: str = setting("EDGE_PUBLIC_KEY", "", "PEM or path (default: data/edge_public_key.pem)")
     anthropic_api_key: str = setting("ANTHROPIC_API_KEY", "", "key of the provider anthropic", False)
-    anthropic_base_url: str = setting("ANTHROPIC_BASE_URL", "https://api.anthropic.com", "address of the provider anthropic")
+    anthropic_base_url: str = setting("ANTHROPIC_BASE_URL", "https://api.anthropic.com", "address of anthropic")
     openai_api_key: str = setting("OPENAI_API_KEY", "", "key of the provider openai", False)
     openai_base_url: str = setting("OPENAI_BASE_URL", "https://api.openai.com/v1", "address of the provider openai")
     ollama_host: str = setting("OLLAMA_HOST", "127.0.0.1:11434", "address of the provider ollama")
@@ -78,18 +82,15 @@ class Settings:
     def load(cls) -> Settings:
         """The settings as they stand now; SystemExit with one line where a value makes no sense."""
         data = pathlib.Path(os.environ.get("LIMINAL_DATA") or HERE / "data").expanduser().resolve()
-        read_from = stamp(data / "env")
-        values = {**read_env(data / "env"), **os.environ, "LIMINAL_DATA": str(data)}
-        found = {"values": values, "read_from": read_from}
+        found = {"read_from": stamp(data / "env")}  # before it is read: a change in between is seen by `fresh`
+        found["values"] = {**read_env(data / "env"), **os.environ, "LIMINAL_DATA": str(data)}
         for field in dataclasses.fields(cls):
-            value = values.get(field.metadata.get("name"), "").strip()
-            if value:
-                found[field.name] = convert(field, value)
+            if text := found["values"].get(field.metadata.get("name"), "").strip():
+                found[field.name] = convert(field, text)
         made = cls(**found)
-        missing = {"mcp": data / "mcp.json"} if made.mcp is None else {}
-        for name, port in (("domain_url", made.domain_port), ("url", made.edge_port)):
-            missing[name] = checked_url(name, getattr(made, name)) or f"http://{listen_host(made.host)}:{port}"
-        return dataclasses.replace(made, **missing)
+        missing, host = {"mcp": data / "mcp.json"}, f"http://{listen_host(made.host)}"
+        missing |= {"domain_url": f"{host}:{made.domain_port}", "url": f"{host}:{made.edge_port}"}
+        return dataclasses.replace(made, **missing | found)
 
     def fresh(self) -> Settings:
         """These settings, or newly read ones when data/env has changed since (one stat, about 2 us)."""
@@ -112,34 +113,28 @@ class Settings:
         return hashlib.sha256(str(self.data).encode()).hexdigest()[:12]
 
 
-def convert(field, value: str):
-    """One variable's text as its field's type; a `Settings` annotation is text, since annotations are postponed here."""
+def convert(field, text: str):
+    """One variable's text as its field's type, which is text here, too, since annotations are postponed."""
+    value, fits = text, True
     try:
         if field.type == "int":
-            number = int(value)
-            if not 0 < number < 1 << 31 or field.name.endswith("_port") and number > 65535:
-                raise ValueError(value)
-            return number
-        if field.type == "bool":
-            return value not in ("0", "false", "no")
-        if field.name == "provider_timeouts":
-            first, between = map(float, value.split(","))
-            if not 0 < first < float("inf") or not 0 < between < float("inf"):
-                raise ValueError(value)
+            value, most = int(text), 65535 if field.name.endswith("_port") else (1 << 31) - 1
+            fits = 0 < value <= most
+        elif field.type == "bool":
+            value = text not in ("0", "false", "no")
+        elif field.type == "pathlib.Path":
+            value = pathlib.Path(text).expanduser().resolve()
+        elif field.name == "provider_timeouts":
+            first, between = map(float, text.split(","))
+            fits = 0 < first < math.inf and 0 < between < math.inf
+        elif field.name in ("url", "domain_url"):
+            parts, value = urllib.parse.urlsplit(text), text.rstrip("/")
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        raise SystemExit(f"liminal: {field.metadata['name']}={value!r} makes no sense: {field.metadata['meaning']}") from None
-    return pathlib.Path(value).expanduser().resolve() if field.type == "pathlib.Path" else value
-
-
-def checked_url(name: str, url: str) -> str:
-    """A server's address without a slash at its end; SystemExit where it is none."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        if url and (parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0):
-            raise ValueError(url)
-    except ValueError:
-        raise SystemExit(f"liminal: LIMINAL_{name.upper()}={url!r} is no address like http://127.0.0.1:8765") from None
-    return url.rstrip("/")
+        fits = False
+    if not fits:
+        raise SystemExit(f"liminal: {field.metadata['name']}={text!r} makes no sense: {field.metadata['meaning']}")
+    return value
 
 
 def read_env(path: pathlib.Path) -> dict[str, str]:
@@ -193,11 +188,11 @@ def write_private(path: pathlib.Path, data: str) -> None:
 
 
 ################ Problem
-# One exception, raised anywhere, becomes the one error answer. Status and retriability of a code stand in contracts.json.
+# One exception, raised anywhere, becomes the one error answer. Status, retriability of a code stand in contracts.json.
 
 
 class Problem(Exception):
-    """An error for the client: `code` is one of contracts.json's, `message` says what to do. `more`: field, message_ids.
+    """An error for the client: `code` is one of contracts.json's, `message` says what to do, `more`: field, message_ids
     `retry_after` (seconds) is what a provider asked for."""
 
     def __init__(self, code: str, message: str, retry_after: float | None = None, **more):
@@ -218,15 +213,11 @@ class Problem(Exception):
 ################ JSON
 # Strict on the way in: what another parser might read differently, or SQLite cannot hold, is refused here, once.
 
-encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
-
 
 def parse_json(data: bytes):
-    """One JSON value out of UTF-8, or ValueError: no NaN, no duplicate keys, no lone surrogates, no integer past 63 bits."""
+    """One JSON value out of UTF-8, or ValueError: no NaN, duplicate keys, lone surrogates, integers past 63 bits."""
     try:
-        value = json.loads(
-            data.decode(), object_pairs_hook=unique, parse_int=bounded, parse_float=finite, parse_constant=finite
-        )
+        value = decode_json(data.decode())
         encode_json(value).encode()
         return value
     except RecursionError:
@@ -249,16 +240,22 @@ def bounded(text: str) -> int:
 
 
 def finite(text: str) -> float:
-    if "I" in text or "N" in text or abs(float(text)) == float("inf"):
+    if not math.isfinite(float(text)):
         raise ValueError(f"it holds the number {text[:20]}")
     return float(text)
 
 
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+STRICT = {"object_pairs_hook": unique, "parse_int": bounded, "parse_float": finite, "parse_constant": finite}
+decode_json = json.JSONDecoder(**STRICT).decode
+
+
 ################ The contract
 # contracts.json binds, checks and documents both servers. The checker knows the keywords that we use and refuses all
-# others at start, so that no rule is ever silently ignored. A schema is compiled once to closures: about 1 us an object.
+# others at start, so that no rule is ever silently ignored. A schema is compiled once, to closures: 1 us an object.
 
-ANNOTATIONS = {"$schema", "$id", "$comment", "$defs", "title", "description", "default", "format", "examples", "deprecated"}
+ANNOTATIONS = {"$schema", "$id", "$comment", "$defs", "title", "description", "default", "format", "examples"}
+ANNOTATIONS |= {"deprecated"}
 
 
 @functools.cache
@@ -267,61 +264,134 @@ def contract() -> dict:
 
 
 def faults(schema: dict | bool, value, root: dict | None = None) -> list[tuple[str, str]]:
-    """The first fault of a value as [(field, why)], or [] where it fits. ValueError for a schema that we cannot check."""
+    """The first fault of a value as [(field, why)], or [] where it fits. ValueError: we cannot check that schema."""
     fault = Checker(schema if root is None else root).compile(schema)(value)
-    return [(".".join(map(str, fault[0])), fault[1])] if fault else []
+    return [(dotted(fault), fault[1])] if fault else []
+
+
+def dotted(fault: tuple) -> str:
+    return ".".join(map(str, fault[0]))
 
 
 class Checker:
-    """Compiles the schemas of one document. A compiled check gives None, or (path, why) of the first fault."""
+    """Compiles the schemas of one document. A compiled check gives None, or (path, why) of the first fault.
+    RULES tell whether a value fits by itself, NESTED are about what it holds and about other schemas."""
 
     def __init__(self, root):
         self.root, self.made = root, {}
 
     def compile(self, schema):
         if isinstance(schema, bool):
-            return (lambda value: None) if schema else (lambda value: ([], "is not allowed"))
+            return lambda value: None if schema else ([], "is not allowed")
         if not isinstance(schema, dict):
             raise ValueError(f"a schema is an object or a boolean, not {schema!r:.60}")
-        unknown = schema.keys() - RULES.keys() - ANNOTATIONS - {word for words in TOGETHER.values() for word in words}
-        if unknown:
+        if unknown := schema.keys() - RULES.keys() - NESTED.keys() - OBJECT - ANNOTATIONS:
             raise ValueError(f"the checker does not know the keyword {sorted(unknown)[0]!r}")
-        for inner in schema.get("$defs", {}).values():
-            self.compile(inner)
-        leaders = {TOGETHER_WITH.get(word, word) for word in schema if word not in ANNOTATIONS}
         try:
-            checks = [RULES[word](self, schema) for word in RULES if word in leaders]
+            for inner in schema.get("$defs", {}).values():
+                self.compile(inner)
+            checks = [alone(*RULES[word](schema[word])) for word in RULES if word in schema]
+            checks += [self.object(schema)] if OBJECT & schema.keys() else []
+            checks += [NESTED[word](self, schema[word], schema) for word in NESTED if word in schema]
         except (KeyError, TypeError, AttributeError, re.error) as fault:
             raise ValueError(f"the schema {shown(schema)} makes no sense: {fault!r}") from None
         return checks[0] if len(checks) == 1 else lambda value: first(check(value) for check in checks)
 
-    def reference(self, schema):
-        """`$ref`: resolved at the first use, so that a schema may refer to itself."""
-        pointer = schema["$ref"]
-        self.resolve(pointer)
+    def resolve(self, part):
+        """What a `$ref` refers to within the document; all else is given back as it is."""
+        if not isinstance(part, dict) or "$ref" not in part:
+            return part
+        pointer, found = part["$ref"], self.root
+        if pointer != "#" and not pointer.startswith("#/"):
+            raise ValueError(f"only references to places within the document are known, not {pointer!r}")
+        for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
+            step = step.replace("~1", "/").replace("~0", "~")
+            try:
+                found = found[int(step)] if isinstance(found, list) and step.isdigit() else found[step]
+            except (KeyError, IndexError, TypeError):
+                raise ValueError(f"{pointer!r} refers to nothing") from None
+        return found
+
+    def reference(self, pointer, schema):
+        """Compiled at the first use, so that a schema may refer to itself."""
+        target = self.resolve({"$ref": pointer})
 
         def check(value):
             if pointer not in self.made:
-                self.made[pointer] = self.compile(self.resolve(pointer))
+                self.made[pointer] = self.compile(target)
             return self.made[pointer](value)
 
         return check
 
-    def resolve(self, pointer: str):
-        if pointer != "#" and not pointer.startswith("#/"):
-            raise ValueError(f"only references to places within the document are known, not {pointer!r}")
-        found = self.root
-        for step in urllib.parse.unquote(pointer[1:]).split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            try:
-                found = found[int(step)] if isinstance(found, list) else found[step]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise ValueError(f"{pointer!r} refers to nothing") from None
-        return found
+    def object(self, schema):
+        """properties, required and additionalProperties in one pass over the object."""
+        known = {name: self.compile(inner) for name, inner in schema.get("properties", {}).items()}
+        extra, required = schema.get("additionalProperties", True), schema.get("required", ())
+        other = self.compile(extra)
+        if extra is False:
+            why = "is not a known field" + (f"; known are {', '.join(known)}" if known else "")
+            other = lambda value: ([], why)
+
+        def check(value):
+            if not isinstance(value, dict):
+                return None
+            for name in required:
+                if name not in value:
+                    return [name], "is missing"
+            for name, inner in value.items():
+                if fault := known.get(name, other)(inner):
+                    return [name, *fault[0]], fault[1]
+            return None
+
+        return check
+
+    def items(self, inner, schema):
+        item = self.compile(inner)
+
+        def check(value):
+            for place, one in enumerate(value if isinstance(value, list) else ()):
+                if fault := item(one):
+                    return [place, *fault[0]], fault[1]
+            return None
+
+        return check
+
+    def none_of(self, inner, schema):
+        check = self.compile(inner)
+        return lambda value: None if check(value) else ([], "has a form that is not allowed")
+
+
+def alone(fits, why: str):
+    return lambda value: None if fits(value) else ([], f"{why}, not {shown(value)}")
+
+
+def forms(judge):
+    """A rule about several schemas: `judge` gets the faults of a value in each, None where it fits."""
+
+    def rule(checker, schemas, schema):
+        if not isinstance(schemas, list) or not schemas:
+            raise TypeError("a list of schemas is needed")
+        checks = [checker.compile(one) for one in schemas]
+        return lambda value: judge([check(value) for check in checks])
+
+    return rule
 
 
 def first(results):
     return next((result for result in results if result), None)
+
+
+def deepest(results):
+    """None where one form fitted, else the fault of the form that came furthest: the one that was probably meant."""
+    return None if None in results else max(results, key=lambda fault: len(fault[0]))
+
+
+def only(results):
+    return ([], "fits more than one of its forms") if results.count(None) > 1 else deepest(results)
+
+
+def shown(value) -> str:
+    return shorten(json.dumps(value, ensure_ascii=False), 60)
 
 
 def same(a, b) -> bool:
@@ -335,210 +405,78 @@ def same(a, b) -> bool:
     return a == b
 
 
-def is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 TYPES = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: is_number(value) and (isinstance(value, int) or value.is_integer()),
-    "number": is_number,
+    "integer": lambda value: TYPES["number"](value) and (isinstance(value, int) or value.is_integer()),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
     "string": lambda value: isinstance(value, str),
     "array": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
 }
 
 
-def rule_type(checker, schema):
-    names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    tests, wanted = [TYPES[name] for name in names], " or ".join(names)
-    if len(tests) == 1:
-        return lambda value: None if tests[0](value) else ([], f"must be {wanted}, not {shown(value)}")
-    return lambda value: None if any(test(value) for test in tests) else ([], f"must be {wanted}, not {shown(value)}")
+def typed(names):
+    names = [names] if isinstance(names, str) else names
+    tests = [TYPES[name] for name in names]
+    fits = tests[0] if len(tests) == 1 else lambda value: any(test(value) for test in tests)
+    return fits, f"must be {' or '.join(names)}"
 
 
-def rule_const(checker, schema):
-    wanted = schema["const"]
-    return lambda value: None if same(value, wanted) else ([], f"must be {shown(wanted)}, not {shown(value)}")
+def listed(values):
+    return lambda value: any(same(value, one) for one in values), f"must be one of {', '.join(map(shown, values))}"
 
 
-def rule_enum(checker, schema):
-    wanted = schema["enum"]
-    why = f"must be one of {', '.join(map(shown, wanted))}"
-    return lambda value: None if any(same(value, one) for one in wanted) else ([], f"{why}, not {shown(value)}")
+def distinct(wanted):
+    fits = lambda value: not any(same(a, b) for place, a in enumerate(value) for b in value[:place])
+    return lambda value: not wanted or not isinstance(value, list) or fits(value), "must hold each item only once"
 
 
-def rule_object(checker, schema):
-    """properties, required and additionalProperties in one pass over the object."""
-    known = {name: checker.compile(inner) for name, inner in schema.get("properties", {}).items()}
-    extra, required = schema.get("additionalProperties", True), schema.get("required", ())
-    other = checker.compile(extra)
-
-    def check(value):
-        if not isinstance(value, dict):
-            return None
-        for name in required:
-            if name not in value:
-                return [name], "is missing"
-        for name, inner in value.items():
-            if name not in known and extra is False:
-                return [name], "is not a known field" + (f"; known are {', '.join(known)}" if known else "")
-            fault = known.get(name, other)(inner)
-            if fault:
-                return [name, *fault[0]], fault[1]
-        return None
-
-    return check
-
-
-def rule_items(checker, schema):
-    item = checker.compile(schema["items"])
-
-    def check(value):
-        for place, inner in enumerate(value if isinstance(value, list) else ()):
-            fault = item(inner)
-            if fault:
-                return [place, *fault[0]], fault[1]
-        return None
-
-    return check
-
-
-def rule_unique(checker, schema):
-    def check(value):
-        if schema["uniqueItems"] and isinstance(value, list):
-            if any(same(a, b) for place, a in enumerate(value) for b in value[:place]):
-                return [], "must not hold the same item twice"
-        return None
-
-    return check
-
-
-def rule_pattern(checker, schema):
+def matching(pattern):
     """Searched anywhere in the text, as ECMA 262 has it: `$` is the very end, never before a last line break."""
-    known = {"$": r"\Z", r"\p{Letter}": r"[^\W\d_]", r"\p{L}": r"[^\W\d_]", r"\p{digit}": r"\d", r"\p{Nd}": r"\d", r"\d": "[0-9]"}
+    known = {"$": r"\Z", r"\p{Letter}": r"[^\W\d_]", r"\p{L}": r"[^\W\d_]", r"\p{digit}": r"\d", r"\p{Nd}": r"\d"}
+    known[r"\d"] = "[0-9]"
     pieces = r"\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|\$"
-    found = re.compile(re.sub(pieces, lambda piece: known.get(piece[0], piece[0]), schema["pattern"])).search
-    return lambda value: (
-        ([], f"must match {schema['pattern'][:80]}, not {shown(value)}") if isinstance(value, str) and not found(value) else None
-    )
+    found = re.compile(re.sub(pieces, lambda piece: known.get(piece[0], piece[0]), pattern)).search
+    return lambda value: not isinstance(value, str) or found(value), f"must match {pattern[:80]}"
 
 
-def rule_bound(word, applies, fits, words):
-    """A limit by number: of a size (min/maxLength, min/maxItems) or of the value itself."""
-
-    def rule(checker, schema):
-        limit = schema[word]
-        return lambda value: ([], f"{words} {limit}") if applies(value) and not fits(value, limit) else None
-
-    return rule
+def bound(kind: str, compare, why: str):
+    """A rule on the size of a value of this kind; of a number, on the number itself."""
+    applies, measure = TYPES[kind], operator.pos if kind == "number" else len
+    return lambda limit: (lambda value: not applies(value) or compare(measure(value), limit), why % limit)
 
 
-def forms(checker, schemas):
-    if not isinstance(schemas, list) or not schemas:
-        raise TypeError("a list of schemas is needed")
-    return [checker.compile(one) for one in schemas]
-
-
-def rule_any(checker, schema):
-    inner = forms(checker, schema["anyOf"])
-    return lambda value: deepest([check(value) for check in inner])
-
-
-def rule_one(checker, schema):
-    inner = forms(checker, schema["oneOf"])
-
-    def check(value):
-        results = [check(value) for check in inner]
-        return ([], "fits more than one of its forms") if results.count(None) > 1 else deepest(results)
-
-    return check
-
-
-def deepest(results):
-    """None where one form fitted, else the fault of the form that came furthest: the one that was probably meant."""
-    return None if None in results else max(results, key=lambda fault: len(fault[0]))
-
-
-def rule_all(checker, schema):
-    inner = forms(checker, schema["allOf"])
-    return lambda value: first(check(value) for check in inner)
-
-
-def rule_not(checker, schema):
-    inner = checker.compile(schema["not"])
-    return lambda value: None if inner(value) else ([], "has a form that is not allowed")
-
-
-def shown(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def is_text(value):
-    return isinstance(value, str)
-
-
-def is_list(value):
-    return isinstance(value, list)
-
-
-def is_object(value):
-    return isinstance(value, dict)
-
-
-RULES = {
-    "$ref": Checker.reference,
-    "type": rule_type,
-    "const": rule_const,
-    "enum": rule_enum,
-    "properties": rule_object,
-    "items": rule_items,
-    "uniqueItems": rule_unique,
-    "pattern": rule_pattern,
-    "minLength": rule_bound("minLength", is_text, lambda v, limit: len(v) >= limit, "must not be shorter than"),
-    "maxLength": rule_bound("maxLength", is_text, lambda v, limit: len(v) <= limit, "must not be longer than"),
-    "minItems": rule_bound("minItems", is_list, lambda v, limit: len(v) >= limit, "must not have fewer items than"),
-    "maxItems": rule_bound("maxItems", is_list, lambda v, limit: len(v) <= limit, "must not have more items than"),
-    "minProperties": rule_bound("minProperties", is_object, lambda v, limit: len(v) >= limit, "must not have fewer fields than"),
-    "maxProperties": rule_bound("maxProperties", is_object, lambda v, limit: len(v) <= limit, "must not have more fields than"),
-    "minimum": rule_bound("minimum", is_number, lambda v, limit: v >= limit, "must be at least"),
-    "maximum": rule_bound("maximum", is_number, lambda v, limit: v <= limit, "must be at most"),
-    "exclusiveMinimum": rule_bound("exclusiveMinimum", is_number, lambda v, limit: v > limit, "must be more than"),
-    "exclusiveMaximum": rule_bound("exclusiveMaximum", is_number, lambda v, limit: v < limit, "must be less than"),
-    "oneOf": rule_one,
-    "anyOf": rule_any,
-    "allOf": rule_all,
-    "not": rule_not,
+RULES = {  # keyword: what the schema has there -> (whether a value fits, what it must be)
+    "type": typed,
+    "const": lambda wanted: (lambda value: same(value, wanted), f"must be {shown(wanted)}"),
+    "enum": listed,
+    "pattern": matching,
+    "minLength": bound("string", operator.ge, "must have at least %s characters"),
+    "maxLength": bound("string", operator.le, "must have at most %s characters"),
+    "minItems": bound("array", operator.ge, "must have at least %s items"),
+    "maxItems": bound("array", operator.le, "must have at most %s items"),
+    "minProperties": bound("object", operator.ge, "must have at least %s fields"),
+    "maxProperties": bound("object", operator.le, "must have at most %s fields"),
+    "minimum": bound("number", operator.ge, "must be at least %s"),
+    "maximum": bound("number", operator.le, "must be at most %s"),
+    "exclusiveMinimum": bound("number", operator.gt, "must be more than %s"),
+    "exclusiveMaximum": bound("number", operator.lt, "must be less than %s"),
+    "uniqueItems": distinct,
 }
-TOGETHER = {"properties": ("required", "additionalProperties")}
-TOGETHER_WITH = {word: leader for leader, words in TOGETHER.items() for word in words}
+OBJECT = {"properties", "required", "additionalProperties"}
+NESTED = {  # keyword: what the schema has there, and the schema itself -> a compiled check
+    "$ref": Checker.reference,
+    "items": Checker.items,
+    "oneOf": forms(only),
+    "anyOf": forms(deepest),
+    "allOf": forms(first),
+    "not": Checker.none_of,
+}
 
-
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    name: str
-    where: str
-    required: bool
-    type: str | None
-    default: object
-    check: object
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One operation of the contract, compiled: what a server binds a handler to and a client may rely on."""
-
-    id: str
-    method: str
-    path: str
-    security: dict[str, list[str]]
-    parameters: list[Parameter]
-    body: object
-    body_required: bool
-    status: int
-    replies: dict[int, object]
+# What a server binds a handler to and a client may rely on. The checks are compiled; replies: {status: check}.
+Parameter = collections.namedtuple("Parameter", "name where required type default check")
+Operation = collections.namedtuple("Operation", "id method path security parameters body body_required status replies")
 
 
 @functools.cache
@@ -553,92 +491,79 @@ def schema_check(name: str):
 
 @functools.cache
 def operations(tag: str) -> dict[str, Operation]:
-    """The contract's operations of one server by operationId; SystemExit with one line where anything in it cannot be checked."""
+    """The operations of one server by operationId; SystemExit with one line where any cannot be checked."""
+    found = {}
     try:
         for name in contract()["components"]["schemas"]:
             schema_check(name)
-        found = [operation(method.upper(), path, spec) for path, methods in contract()["paths"].items() for method, spec in methods.items()]
         for response in contract()["components"]["responses"].values():
             json_check(response)
-        if repeated := [name for name, count in collections.Counter(one.id for one, _ in found).items() if count > 1]:
-            raise ValueError(f"the operationId {repeated[0]!r} stands twice")
+        for path, methods in contract()["paths"].items():
+            for method, spec in methods.items():
+                made = operation(method.upper(), path, spec)
+                if made.id in found:
+                    raise ValueError(f"the operationId {made.id!r} stands twice")
+                found[made.id] = made, spec["tags"]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
         raise SystemExit(f"liminal: contracts.json cannot be used: {' '.join(str(fault).split())}") from None
-    return {one.id: one for one, tags in found if tag in tags}
+    return {name: made for name, (made, tags) in found.items() if tag in tags}
 
 
-def operation(method: str, path: str, spec: dict) -> tuple[Operation, list[str]]:
-    """(one operation compiled, the servers that have it)."""
+def operation(method: str, path: str, spec: dict) -> Operation:
     parameters = []
-    for given in spec.get("parameters", ()):
-        given = checker().resolve(given["$ref"]) if "$ref" in given else given
-        schema = checker().resolve(given["schema"]["$ref"]) if "$ref" in given["schema"] else given["schema"]
+    for given in map(checker().resolve, spec.get("parameters", ())):
+        schema = checker().resolve(given["schema"])
         rest = given.get("required", False), schema.get("type"), schema.get("default"), checker().compile(schema)
         parameters.append(Parameter(given["name"], given["in"], *rest))
+    security = {scheme: needed for one in spec["security"] for scheme, needed in one.items()}
+    body = json_check(spec["requestBody"]) if "requestBody" in spec else None
+    body_required = spec.get("requestBody", {}).get("required", False)
     checks = {code: json_check(reply) for code, reply in spec["responses"].items()}
-    replies = {int(code): check for code, check in checks.items() if code.isdigit()}
-    made = Operation(
-        id=spec["operationId"],
-        method=method,
-        path=path,
-        security={scheme: needed for one in spec["security"] for scheme, needed in one.items()},
-        parameters=parameters,
-        body=json_check(spec["requestBody"]) if "requestBody" in spec else None,
-        body_required=spec.get("requestBody", {}).get("required", False),
-        status=min(replies),
-        replies=replies,
-    )
-    return made, spec["tags"]
+    replies = {int(code): test for code, test in checks.items() if code.isdigit()}
+    rest = security, parameters, body, body_required, min(replies), replies
+    return Operation(spec["operationId"], method, path, *rest)
 
 
 def json_check(part: dict):
     """The check of a body's JSON form, None where it has none; the schemas of its other forms are compiled as well."""
-    part = checker().resolve(part["$ref"]) if "$ref" in part else part
-    checks = {kind: checker().compile(form["schema"]) for kind, form in part.get("content", {}).items()}
-    return checks.get("application/json")
+    forms = checker().resolve(part).get("content", {})
+    return {kind: checker().compile(form["schema"]) for kind, form in forms.items()}.get("application/json")
 
 
 def check(test, value, what: str) -> None:
     """Raise where something of ours breaks the contract: a defect, loud on purpose."""
-    fault = test(value)
-    if fault:
-        raise Problem("internal", f"{what} breaks the contract: {'.'.join(map(str, fault[0])) or 'it'} {fault[1]}")
+    if fault := test(value):
+        raise Problem("internal", f"{what} breaks the contract: {dotted(fault) or 'it'} {fault[1]}")
 
 
 def check_event(event: dict) -> None:
-    name = {"tool_call": "ToolCall", "tool_result": "ToolResult"}.get(event.get("type"), str(event.get("type")).capitalize())
-    if name + "Event" not in contract()["components"]["schemas"]:
-        raise Problem("internal", f"an event breaks the contract: there is no type {event.get('type')!r}")
-    check(schema_check(name + "Event"), event, f"the event {event['type']}")
+    kind = str(event.get("type"))
+    name = "".join(map(str.capitalize, kind.split("_"))) + "Event"  # tool_call is a ToolCallEvent
+    if name not in contract()["components"]["schemas"]:
+        raise Problem("internal", f"an event breaks the contract: there is no type {kind!r}")
+    check(schema_check(name), event, f"the event {kind}")
 
 
 ################ Positions
-# What a reply holds is counted in Unicode code points and tool events, never in tokens or bytes: so any two parties agree
+# What a reply holds is counted in Unicode code points and tool events, never tokens or bytes: so any two parties agree
 # on a place in it however it was cut into bundles. Three functions are the whole arithmetic.
 
-PARTS = ("text", "thinking", "tool_call", "tool_result")
+TEXTS, PARTS = ("text", "thinking"), ("text", "thinking", "tool_call", "tool_result")
 
 
 def size(event: dict) -> int:
     """How far an event moves the position."""
     kind = event["type"]
-    return len(event["text"]) if kind in ("text", "thinking") else 1 if kind in PARTS else 0
+    return len(event["text"]) if kind in TEXTS else 1 if kind in PARTS else 0
 
 
 def joined(events: list[dict]) -> list[dict]:
     """The same content in as few events as there are parts: neighbours of one type become one text."""
-    made, texts = [], []
-    for event in events:
-        kind = event["type"]
-        if texts and made[-1]["type"] == kind:
-            texts.append(event["text"])
-            continue
-        if len(texts) > 1:
-            made[-1] = {"type": made[-1]["type"], "text": "".join(texts)}
-        texts = [event["text"]] if kind in ("text", "thinking") else []
-        made.append(event)
-    if len(texts) > 1:
-        made[-1] = {"type": made[-1]["type"], "text": "".join(texts)}
+    made = []
+    for kind, run in itertools.groupby(events, operator.itemgetter("type")):
+        run = list(run)
+        several = kind in TEXTS and len(run) > 1
+        made += [{"type": kind, "text": "".join([event["text"] for event in run])}] if several else run
     return made
 
 
@@ -703,38 +628,36 @@ class Decoder:
 
 
 ################ Serving
-# What both servers share: handlers bound by operationId, every request and JSON reply checked, one error shape, metrics.
+# What both servers share: handlers bound by operationId, requests and JSON replies checked, one error shape, metrics.
 # aiohttp is imported inside: the CLI never pays for it.
 
 GRACE = 10  # seconds from SIGTERM to the end of a server
 
 
 class Metrics:
-    """Counters and histograms in Prometheus' text format. `declared`: name -> (help, bucket limits or None for a counter)."""
+    """Counters and histograms in Prometheus' text format. `declared`: name -> (help, bucket limits or None)."""
 
     def __init__(self, declared: dict[str, tuple[str, tuple | None]]):
-        self.declared, self.counters, self.histograms, self.gauges = declared, {}, {}, {}
-        for name, (_, limits) in declared.items():
-            if limits:
-                self.histograms[name] = [0] * (len(limits) + 1) + [0.0]  # a count per bucket, and the sum
+        self.declared, self.gauges = declared, {}
+        self.counters = collections.defaultdict(collections.Counter)  # name -> {sorted labels: number}
+        histograms = {name: len(limits) + 1 for name, (_, limits) in declared.items() if limits}
+        self.histograms = {name: [0] * count + [0.0] for name, count in histograms.items()}  # by bucket, and the sum
 
     def count(self, name: str, n: float = 1, **labels: str) -> None:
-        key = name, tuple(sorted(labels.items()))
-        self.counters[key] = self.counters.get(key, 0) + n
+        self.counters[name][tuple(sorted(labels.items()))] += n
 
     def observe(self, name: str, value: float) -> None:
         counts = self.histograms[name]
-        limits = self.declared[name][1]
-        counts[next((place for place, limit in enumerate(limits) if value <= limit), len(limits))] += 1
+        counts[bisect.bisect_left(self.declared[name][1], value)] += 1
         counts[-1] += value
 
     def value(self, name: str, **labels: str) -> float:
-        return self.counters.get((name, tuple(sorted(labels.items()))), 0)
+        return self.counters[name][tuple(sorted(labels.items()))]
 
     def by_label(self, name: str, label: str, **labels: str) -> dict[str, int]:
         """A counter's values by one label, where the others are as given."""
-        found = {dict(key)[label]: int(n) for (counter, key), n in self.counters.items() if counter == name and labels.items() <= dict(key).items()}
-        return found
+        series = [(dict(key), int(n)) for key, n in self.counters[name].items()]
+        return {key[label]: n for key, n in series if labels.items() <= key.items()}
 
     def quantiles(self, name: str, scale: float = 1) -> dict[str, float | None]:
         """{p50, p95, p99} as the upper limits of the buckets that hold them; None where nothing was observed."""
@@ -744,11 +667,10 @@ class Metrics:
     def quantile(self, name: str, q: float) -> float | None:
         """The upper limit of the bucket that holds this quantile; None where nothing was observed."""
         *counts, _ = self.histograms[name]
-        seen, limits = 0, (*self.declared[name][1], float("inf"))
-        for limit, count in zip(limits, counts):
-            seen += count
+        limits = self.declared[name][1]
+        for limit, seen in zip((*limits, limits[-1]), itertools.accumulate(counts)):
             if seen and seen >= q * sum(counts):
-                return limit if limit != float("inf") else self.declared[name][1][-1]
+                return limit
         return None
 
     def text(self) -> str:
@@ -758,16 +680,14 @@ class Metrics:
             lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
             if limits:
                 *counts, total = self.histograms[name]
-                for place, limit in enumerate((*limits, "+Inf")):
-                    lines.append(f'{name}_bucket{{le="{limit}"}} {sum(counts[: place + 1])}')
+                sums = zip((*limits, "+Inf"), itertools.accumulate(counts))
+                lines += [f'{name}_bucket{{le="{limit}"}} {seen}' for limit, seen in sums]
                 lines += [f"{name}_sum {total}", f"{name}_count {sum(counts)}"]
-            elif name in self.gauges:
-                lines.append(f"{name} {self.gauges[name]()}")
-            else:
-                found = {labels: n for (counter, labels), n in self.counters.items() if counter == name} or {(): 0}
-                for labels, n in found.items():
-                    inside = ",".join(f"{label}={json.dumps(value, ensure_ascii=False)}" for label, value in labels)
-                    lines.append(f"{name}{{{inside}}} {n}" if inside else f"{name} {n}")
+                continue
+            series = {(): self.gauges[name]()} if name in self.gauges else self.counters[name] or {(): 0}
+            for labels, n in series.items():
+                inside = ",".join(f"{label}={json.dumps(value, ensure_ascii=False)}" for label, value in labels)
+                lines.append(f"{name}{{{inside}}} {n}" if inside else f"{name} {n}")
         return "\n".join(lines) + "\n"
 
 
@@ -783,14 +703,16 @@ class Call:
 
 def make_application(tag: str, handlers: dict, authenticate, settings: Settings, metrics: Metrics):
     """An aiohttp application with a handler bound to each of the contract's operations of one server, by operationId.
-    `authenticate(call)` raises or fills in the caller. SystemExit where contract and handlers differ, in either direction."""
+    `authenticate(call)` raises or fills in the caller. SystemExit where contract and handlers differ, either way."""
     from aiohttp import web
 
     known = operations(tag)
     if known.keys() != handlers.keys():
         missing, extra = sorted(known.keys() - handlers.keys()), sorted(handlers.keys() - known.keys())
-        raise SystemExit(f"liminal: contract and {tag} differ: without a handler {missing}, without an operation {extra}")
-    names = own_names(settings)
+        words = f"without a handler {missing}, without an operation {extra}"
+        raise SystemExit(f"liminal: contract and {tag} differ: {words}")
+    urls = (settings.url, settings.domain_url)
+    names = {"localhost", "127.0.0.1", "::1", settings.host, *(urllib.parse.urlsplit(url).hostname for url in urls)}
 
     @web.middleware
     async def answer_problems(request, handler):
@@ -801,8 +723,7 @@ def make_application(tag: str, handlers: dict, authenticate, settings: Settings,
         except Problem as problem:
             fault = problem
         except web.HTTPException as error:
-            codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-            fault = Problem(codes.get(error.status, "invalid_request"), http_words(error.status, request))
+            fault = http_problem(error.status, request)
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
@@ -810,16 +731,33 @@ def make_application(tag: str, handlers: dict, authenticate, settings: Settings,
         metrics.count("liminal_errors_total", code=fault.code)
         if fault.code == "internal":
             log.error("%s %s: %s", request.method, request.path, fault.message)
-        body = {"error": fault.detail(request["id"] or str(uuid.uuid4()))}
-        return web.json_response(text=encode_json(body), status=fault.status, headers=headers)
+        return error_answer(fault, request["id"], headers)
 
     app = web.Application(client_max_size=contract()["x-limits"]["body_bytes"], middlewares=[answer_problems])
     for name, handler in handlers.items():
-        app.router.add_route(known[name].method, known[name].path, bound(known[name], handler, authenticate))
+        app.router.add_route(known[name].method, known[name].path, bound_handler(known[name], handler, authenticate))
     return app
 
 
-def bound(operation: Operation, handler, authenticate):
+def error_answer(fault: Problem, request_id: str | None = None, headers: dict | None = None):
+    from aiohttp import web
+
+    body = {"error": fault.detail(request_id or str(uuid.uuid4()))}
+    return web.json_response(text=encode_json(body), status=fault.status, headers=headers)
+
+
+def http_problem(status: int, request) -> Problem:
+    """What aiohttp refuses by itself: routes that do not exist, and bodies that are too large."""
+    if status == 413:
+        limit = contract()["x-limits"]["body_bytes"]
+        return Problem("too_large", f"the body is larger than the limit of {limit} bytes")
+    if status == 405:
+        return Problem("method_not_allowed", f"{request.path} does not take {request.method}")
+    words = f"there is no {request.method} {request.path}; see /contracts.json"
+    return Problem("not_found" if status == 404 else "invalid_request", words)
+
+
+def bound_handler(operation: Operation, handler, authenticate):
     """The request handler of one operation: authenticate, check, call, check the reply."""
     from aiohttp import web
 
@@ -846,18 +784,15 @@ def bound(operation: Operation, handler, authenticate):
 
 def argument(given: Parameter, request):
     """One parameter of a request, as its type and checked; its default where it is not given."""
-    source = {"path": request.match_info, "query": request.query, "header": request.headers}[given.where]
-    if given.name not in source:
+    value = {"path": request.match_info, "query": request.query, "header": request.headers}[given.where].get(given.name)
+    if value is None:
         if given.required:
             raise Problem("invalid_request", f"{given.name} is missing", field=given.name)
         return given.default
-    text = source[given.name]
-    try:
-        value = bounded(text) if given.type == "integer" and re.fullmatch(r"-?[0-9]+", text) else text
-    except ValueError:
-        value = text
-    fault = given.check(value)
-    if fault:
+    if given.type == "integer" and re.fullmatch(r"-?[0-9]+", value):
+        with contextlib.suppress(ValueError):
+            value = bounded(value)
+    if fault := given.check(value):
         raise Problem("invalid_request", f"{given.name} {fault[1]}", field=given.name)
     return value
 
@@ -870,16 +805,10 @@ async def read_body(request, operation: Operation):
         body = parse_json(data)
     except ValueError as fault:
         raise Problem("invalid_request", f"the body is not JSON that can be taken: {fault}") from None
-    fault = operation.body(body)
-    if fault:
-        field = ".".join(map(str, fault[0]))
+    if fault := operation.body(body):
+        field = dotted(fault)
         raise Problem("invalid_request", f"{field or 'the body'} {fault[1]}", field=field)
     return body
-
-
-def own_names(settings: Settings) -> set[str]:
-    urls = (settings.url, settings.domain_url)
-    return {"localhost", "127.0.0.1", "::1", settings.host, *(urllib.parse.urlsplit(url).hostname or "" for url in urls)}
 
 
 def refuse_strangers(request, names: set[str]) -> None:
@@ -897,20 +826,29 @@ def refuse_strangers(request, names: set[str]) -> None:
         raise Problem("forbidden", f"requests from the origin {origin[:100]!r} are not taken")
 
 
-def http_words(status: int, request) -> str:
-    limit = contract()["x-limits"]["body_bytes"]
-    words = {413: f"the body is larger than the limit of {limit} bytes", 405: f"{request.path} does not take {request.method}"}
-    return words.get(status, f"there is no {request.method} {request.path}; see /contracts.json")
+def answer_no_http(protocol, request, status=500, exc=None, message=None):
+    """In place of aiohttp's plain text: what its parser refuses (no HTTP, long headers) in the one error shape."""
+    if request.writer.output_size > 0:
+        raise ConnectionError("the answer has begun already")
+    if status >= 500:
+        log.error("a request failed before its handler", exc_info=exc)
+    words = f"this is no request that can be taken: {' '.join(str(message or exc).split())[:200]}"
+    answer = error_answer(Problem("internal" if status >= 500 else "invalid_request", words))
+    answer.force_close()
+    return answer
 
 
 def lock(settings: Settings, name: str) -> int:
-    """Hold this server's part of the data folder for as long as the process lives; SystemExit where another holds it."""
-    settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    held = os.open(settings.data / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    """Hold this server's part of the data folder while the process lives; SystemExit where another holds it."""
     try:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        held = os.open(settings.data / f"{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f"liminal: process {os.read(held, 20).decode()} already is the {name} of {settings.data}") from None
+        words = f"process {os.read(held, 20).decode()} already is the {name} of {settings.data}"
+        raise SystemExit(f"liminal: {words}") from None
+    except OSError as error:
+        raise SystemExit(f"liminal: the data folder {settings.data} cannot be used: {error.strerror}") from None
     os.truncate(held, 0)
     os.write(held, str(os.getpid()).encode())
     return held
@@ -923,28 +861,8 @@ def serve(name: str, make_app) -> None:
     os.umask(0o077)
     settings = Settings.load()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    try:
-        held = lock(settings, name)
-    except OSError as error:
-        raise SystemExit(f"liminal: the data folder {settings.data} cannot be used: {error.strerror}") from None
+    lock(settings, name)
     asyncio.run(listen(name, getattr(settings, f"{name}_port"), settings, make_app))
-    os.close(held)
-
-
-def answer_no_http(protocol, request, status=500, exc=None, message=None):
-    """In place of aiohttp's plain text: what its parser refuses (no HTTP, or headers over the limit) in the one error shape."""
-    from aiohttp import web
-
-    if request.writer.output_size > 0:
-        raise ConnectionError("the answer has begun already")
-    if status >= 500:
-        log.error("a request failed before its handler", exc_info=exc)
-    code = "internal" if status >= 500 else "invalid_request"
-    words = f"this is no request that can be taken: {' '.join(str(message or exc).split())[:200]}"
-    body = encode_json({"error": Problem(code, words).detail(str(uuid.uuid4()))})
-    answer = web.json_response(text=body, status=status)
-    answer.force_close()
-    return answer
 
 
 async def listen(name: str, port: int, settings: Settings, make_app) -> None:
@@ -956,16 +874,15 @@ async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     web.RequestHandler.handle_error = answer_no_http
-    limit = contract()["x-limits"]["header_bytes"]
-    limits = {"max_field_size": limit, "max_line_size": limit}
+    limits = dict.fromkeys(("max_field_size", "max_line_size"), contract()["x-limits"]["header_bytes"])
     runner = web.AppRunner(await make_app(settings), access_log=None, shutdown_timeout=GRACE / 2, **limits)
     await runner.setup()
     try:
-        try:
-            await web.TCPSite(runner, settings.host, port, backlog=2048).start()
-        except OSError as error:
-            hint = f"set LIMINAL_{name.upper()}_PORT or LIMINAL_HOST"
-            raise SystemExit(f"liminal: the {name} cannot listen on {settings.host}:{port} ({error.strerror}); {hint}") from None
+        await web.TCPSite(runner, settings.host, port, backlog=2048).start()
+    except OSError as error:
+        words = f"cannot listen on {settings.host}:{port} ({error.strerror})"
+        raise SystemExit(f"liminal: the {name} {words}; set LIMINAL_{name.upper()}_PORT or LIMINAL_HOST") from None
+    else:
         print(f"liminal {name} ready on http://{listen_host(settings.host)}:{port}", flush=True)
         await stopped.wait()
     finally:
@@ -979,8 +896,8 @@ async def listen(name: str, port: int, settings: Settings, make_app) -> None:
 
 
 class Database:
-    """One SQLite file. `await db.write(fn, *args)` runs fn(connection, *args) in a transaction and returns when it is on
-    disk; `await db.read(fn, *args)` sees the last commit. Problem `storage_full` or `internal` where the disk refuses."""
+    """One SQLite file. `await db.write(fn, *args)` runs fn(connection, *args) in a transaction, and returns when it is
+    on disk; `await db.read(fn, *args)` sees the last commit. Problem `storage_full` or `internal` where it refuses."""
 
     def __init__(self, path: pathlib.Path):
         self.jobs, self.asked = queue.SimpleQueue(), queue.SimpleQueue()
@@ -1021,8 +938,8 @@ class Database:
                     jobs.append(self.jobs.get_nowait())
             if last := jobs[-1] is None:
                 jobs.pop()
-            for (_, _, *to), (result, error) in zip(jobs, self.commit(jobs)):
-                answer(*to, result, error)
+            for (_, _, *to), outcome in zip(jobs, self.commit(jobs)):
+                answer(*to, *outcome)
             if last:
                 return
 
@@ -1069,11 +986,11 @@ def open_database(path: pathlib.Path):
 
 
 def check_database(path: pathlib.Path) -> str:
-    """"ok", or the first thing that SQLite finds wrong; over a connection that only reads."""
+    """The first thing that SQLite finds wrong, else "ok"; over a connection that only reads."""
     import sqlite3
 
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{urllib.parse.quote(str(path))}?mode=ro", uri=True)) as db:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path), '/')}?mode=ro", uri=True)) as db:
             return db.execute("pragma quick_check(1)").fetchone()[0]
     except sqlite3.Error as error:
         return str(error)
@@ -1124,46 +1041,52 @@ class Unreachable(Exception):
     """No server answers; the text says what to do. Exit status 3."""
 
 
-class Client:
-    """The Edge's API as the commands use it. Problem where it refuses, Unreachable where nobody answers."""
+def quote(text: str, safe: str = "") -> str:
+    return urllib.parse.quote(text, safe)
 
-    def __init__(self, settings: Settings, timeout: float = SILENCE):
-        self.settings, self.base, self.timeout = settings, urllib.parse.urlsplit(settings.url), timeout
-        self.connection = self.sent = None
+
+class Client:
+    """The Edge's API as the commands use it. Problem where it refuses, Unreachable where nobody answers. A path that
+    does not begin with / is one of /api/v1, and the key is sent with it."""
+
+    def __init__(self, settings: Settings, timeout: float = SILENCE, url: str = "", key: str | None = None):
+        self.settings, self.url, self.timeout, self.given_key = settings, url or settings.url, timeout, key
+        self.base, self.connection, self.sent = urllib.parse.urlsplit(self.url), None, None
 
     @functools.cached_property
     def key(self) -> str:
         path = self.settings.data / "cli.key"
         try:
-            key = self.settings.api_key or path.read_text().strip()
+            key = self.given_key or self.settings.api_key or path.read_text().strip()
         except (OSError, UnicodeError) as error:
-            raise Problem("unauthorized", f"no key: LIMINAL_API_KEY is not set and {path} cannot be read: {error}") from None
+            words = f"no key: LIMINAL_API_KEY is not set and {path} cannot be read: {error}"
+            raise Problem("unauthorized", words) from None
         if not re.fullmatch(r"[!-~]+", key):
             raise Problem("unauthorized", f"that is no key: look at LIMINAL_API_KEY, or at {path}")
         return key
 
     def send(self, method: str, path: str, body=None, headers: dict | None = None):
-        """One request on the kept connection; a connection that went stale in between is opened anew, once, for a GET."""
+        """One request on the kept connection; one that went stale is opened anew, once, for what may repeat."""
         import http.client
 
         headers = {"Content-Type": "application/json", **(headers or {})}
-        if path.startswith("/api/"):
-            headers["Authorization"] = f"Bearer {self.key}"
+        if not path.startswith("/"):
+            path, headers["Authorization"] = f"/api/v1/{path}", f"Bearer {self.key}"
         data = None if body is None else encode_json(body).encode()
-        for attempt in (1, 2):
-            fresh = self.connection is None
-            if fresh:
-                kind = http.client.HTTPSConnection if self.base.scheme == "https" else http.client.HTTPConnection
-                self.connection = kind(self.base.hostname, self.base.port, timeout=self.timeout)
-            try:
-                self.connection.request(method, self.base.path + path, data, headers)
-                return self.connection.getresponse()
-            except (OSError, http.client.HTTPException) as error:
-                self.close()
-                if fresh or "Idempotency-Key" not in headers and method != "GET":
-                    raise Lost(str(error) or type(error).__name__) from None
+        stale = self.connection is not None and (method == "GET" or "Idempotency-Key" in headers)
+        if self.connection is None:
+            kind = http.client.HTTPSConnection if self.base.scheme == "https" else http.client.HTTPConnection
+            self.connection = kind(self.base.hostname, self.base.port, timeout=self.timeout)
+        try:
+            self.receive(self.connection.request, method, self.base.path + path, data, headers)
+            return self.receive(self.connection.getresponse)
+        except Lost:
+            self.close()
+            if not stale:
+                raise
+        return self.send(method, path.removeprefix("/api/v1/"), body, headers)
 
-    def receive(self, read, *args) -> bytes:
+    def receive(self, read, *args):
         import http.client
 
         try:
@@ -1182,7 +1105,7 @@ class Client:
             response = self.send(method, path, body, headers)
             data = self.receive(response.read)
         except Lost as error:
-            raise Unreachable(f"{self.settings.url} does not answer ({error}): `liminal up` starts it") from None
+            raise Unreachable(f"{self.url} does not answer ({error}): `liminal up` starts it") from None
         if response.status >= 400:
             raise refused(response.status, data)
         try:
@@ -1190,12 +1113,18 @@ class Client:
         except ValueError:
             raise refused(response.status, data) from None
 
+    def get(self, path: str):
+        return self.ask("GET", path)
+
+    def list(self, kind: str, query: str = "") -> list:
+        """What is listed at /api/v1/<kind> under that name."""
+        return self.get(kind + query)[kind]
+
     def stream(self, method: str, path: str, body=None, position: int | None = None):
-        """The events of one reply to its `done`, over a connection of its own, and another where that one breaks; a note on
-        standard error says so."""
-        wire = Client(self.settings)
-        headers, message_id, lost_at = {"Idempotency-Key": str(uuid.uuid4())}, None, None
-        headers |= {"Last-Event-ID": str(position)} if position else {}
+        """The events of one reply to its `done`, over a connection of its own, another where that one breaks; a note
+        on standard error says so."""
+        wire, message_id, lost_at = Client(self.settings), None, None
+        headers = {"Idempotency-Key": str(uuid.uuid4()), **({"Last-Event-ID": str(position)} if position else {})}
         self.sent = method, path, body, headers
         while True:
             try:
@@ -1218,14 +1147,14 @@ class Client:
             self.wait_for_server(lost_at)
             lost_at = lost_at or time.monotonic()
             if message_id:
-                method, path, body = "GET", f"/api/v1/messages/{message_id}/stream", None
+                method, path, body = "GET", f"messages/{message_id}/stream", None
                 headers = {} if position is None else {"Last-Event-ID": str(position)}
 
     def find_sent(self) -> str:
-        """The message id of the reply that `stream` asked for last: the same Idempotency-Key attaches to the same reply."""
+        """The message id of the reply that `stream` asked for last: its Idempotency-Key attaches to it again."""
         for event, _ in Client(self.settings, timeout=5).read_stream(*self.sent):
             return event["message_id"]
-        raise Unreachable(f"{self.settings.url} gave no reply to stop")
+        raise Unreachable(f"{self.url} gave no reply to stop")
 
     def read_stream(self, method: str, path: str, body, headers: dict):
         response = self.send(method, path, body, {**headers, "Accept": "text/event-stream"})
@@ -1237,12 +1166,13 @@ class Client:
                 yield json.loads(text), place
 
     def wait_for_server(self, lost_at: float | None) -> None:
+        away = time.monotonic() - (lost_at or time.monotonic())
         if lost_at is None:
             note("the connection was lost; the reply goes on, reconnecting ...")
-        elif time.monotonic() - lost_at > PATIENCE:
-            raise Unreachable(f"{self.settings.url} does not answer; nothing is lost: `liminal chat -c` attaches again")
+        elif away > PATIENCE:
+            raise Unreachable(f"{self.url} does not answer; nothing is lost: `liminal chat -c` attaches again")
         else:
-            time.sleep(min(2, 0.1 + (time.monotonic() - lost_at) / 4))
+            time.sleep(min(2, 0.1 + away / 4))
 
 
 def refused(status: int, data: bytes) -> Exception:
@@ -1250,7 +1180,7 @@ def refused(status: int, data: bytes) -> Exception:
         error = json.loads(data)["error"]
         return Problem(error["code"], error["message"])
     except (ValueError, KeyError, TypeError):
-        return Unreachable(f"what answers there is not Liminal (status {status}); see LIMINAL_URL and LIMINAL_EDGE_PORT")
+        return Unreachable(f"what answers is not Liminal (status {status}); see LIMINAL_URL and LIMINAL_EDGE_PORT")
 
 
 ################ Starting and stopping the servers
@@ -1259,15 +1189,12 @@ def refused(status: int, data: bytes) -> Exception:
 
 def holder(settings: Settings, name: str) -> int | None:
     """The process that holds a server's lock, None where it does not run."""
-    try:
-        with open(settings.data / f"{name}.lock") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return None
-            except BlockingIOError:
-                return int(file.read() or 0) or None
-    except OSError:
-        return None
+    with contextlib.suppress(OSError), open(settings.data / f"{name}.lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read() or 0) or None
+    return None
 
 
 def start_servers(settings: Settings) -> None:
@@ -1278,18 +1205,17 @@ def start_servers(settings: Settings) -> None:
             path = settings.data / f"{name}.log"
             with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "wb") as out:
                 command = [sys.executable, str(HERE / f"liminal_{name}.py")]
-                quiet = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": HERE, "start_new_session": True}
-                process = subprocess.Popen(command, **quiet)
+                quiet = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "cwd": HERE}
+                process = subprocess.Popen(command, start_new_session=True, **quiet)
             wait_until_well(settings, name, process, path)
 
 
 def wait_until_well(settings: Settings, name: str, process, path: pathlib.Path) -> None:
-    port = settings.domain_port if name == "domain" else settings.edge_port
-    probe = Client(dataclasses.replace(settings, url=f"http://{listen_host(settings.host)}:{port}"), timeout=1)
-    deadline = time.monotonic() + 15
+    url = f"http://{listen_host(settings.host)}:{getattr(settings, f'{name}_port')}"
+    probe, deadline = Client(settings, timeout=1, url=url), time.monotonic() + 15
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(Unreachable, Problem, KeyError, TypeError):
-            if probe.ask("GET", "/health")["instance"] == settings.instance:
+            if probe.get("/health")["instance"] == settings.instance:
                 return
         time.sleep(0.02)
     if not holder(settings, name):  # another start may have been faster, and then all is well
@@ -1306,7 +1232,8 @@ def stop_server(settings: Settings, name: str) -> bool:
     deadline = time.monotonic() + GRACE + 2
     while holder(settings, name):
         if time.monotonic() > deadline:
-            raise Problem("internal", f"process {pid}, the {name}, does not stop: `kill -9 {pid}` loses nothing acknowledged")
+            words = f"process {pid}, the {name}, does not stop: `kill -9 {pid}` loses nothing acknowledged"
+            raise Problem("internal", words)
         time.sleep(0.02)
     return True
 
@@ -1314,18 +1241,18 @@ def stop_server(settings: Settings, name: str) -> bool:
 def connect(settings: Settings) -> Client:
     """A client of running servers: they are started where nothing answers at the default address. Says so when they are
     older than the files, or belong to another data folder."""
-    client = Client(settings)
+    client, default = Client(settings), "LIMINAL_URL" not in settings.values
     try:
-        health = client.ask("GET", "/health")
+        health = client.get("/health")
     except Unreachable:
-        if "LIMINAL_URL" in settings.values:
+        if not default:
             raise
         note("starting Liminal ...")
         start_servers(settings)
-        health = client.ask("GET", "/health")
+        health = client.get("/health")
     if not isinstance(health, dict) or "instance" not in health:
         raise Unreachable(f"what answers at {settings.url} is not Liminal: set LIMINAL_EDGE_PORT to a free port")
-    if "LIMINAL_URL" in settings.values:
+    if not default:
         return client
     if health["instance"] != settings.instance:
         note(f"the servers at {settings.url} belong to another data folder than {settings.data}: set LIMINAL_EDGE_PORT")
@@ -1337,8 +1264,8 @@ def connect(settings: Settings) -> Client:
 
 
 ################ Showing
-# The reply goes to standard output and nothing else does; every note goes to standard error. On a terminal nothing that a
-# model says can be a control sequence, and bundles are smoothed to a steady hand.
+# The reply goes to standard output and nothing else does; every note goes to standard error. On a terminal nothing that
+# a model says can be a control sequence, and bundles are smoothed to a steady hand.
 
 STEP, SPREAD = 0.015, 0.12  # seconds between two strokes of the typewriter; within which a bundle is written
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -1346,7 +1273,7 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e
 
 def printable(text: str) -> str:
     """Text that a terminal cannot take for a command: control characters, C1 and bidi overrides are made visible."""
-    return UNSAFE.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < "\u0100" else f"\\u{ord(found[0]):04x}", text)
+    return UNSAFE.sub(lambda found: ("\\x%02x" if found[0] < "\u0100" else "\\u%04x") % ord(found[0]), text)
 
 
 def coloured(file) -> bool:
@@ -1362,8 +1289,12 @@ def say(text: str, end: str = "\n") -> None:
     print(printable(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
+def say_json(value) -> None:
+    say(encode_json(value))
+
+
 def smooth(events):
-    """The events, with each text cut into strokes so that it appears steadily, never more than SPREAD behind the stream."""
+    """The events, with each text cut into strokes so that it appears steadily, at most SPREAD behind the stream."""
     inbox, held, due, ended = queue.SimpleQueue(), "", 0.0, False
     threading.Thread(target=pump, args=(events, inbox), daemon=True).start()
     while not ended or held:
@@ -1395,44 +1326,55 @@ def pump(events, inbox) -> None:
         inbox.put(error)
 
 
+class Screen:
+    """One reply on standard output, event by event; what is no text of it becomes a note on a line of its own."""
+
+    def __init__(self):
+        self.last, self.calls = "\n", {}  # the last character written; tool calls without a result: (event, begun at)
+
+    def show(self, event: dict) -> None:
+        if event["type"] == "text":
+            say(event["text"], end="")
+            self.last = event["text"][-1]
+        elif event["type"] == "tool_call":
+            self.calls[event["tool_call_id"]] = event, time.monotonic()
+        elif event["type"] == "tool_result":
+            self.end_line()
+            note(call_words(*self.calls.get(event["tool_call_id"], (event, time.monotonic())), event))
+        elif event["type"] == "done":
+            self.end_line()
+            if event["error"]:
+                fail(error_words(event["error"]), 1)
+            elif event["status"] == "cancelled":
+                note("this reply was cancelled")
+            elif event["stop_reason"] == "max_tokens":
+                note("cut off at the limit of tokens (max_tokens)")
+
+    def end_line(self) -> None:
+        if self.last != "\n":
+            say("")
+        self.last = "\n"
+
+
 def show(client: Client, events, as_json: bool = False) -> dict:
     """Print a reply as it comes; returns its `done`. Ctrl-C cancels it, on the server too, and shows the receipt."""
-    terminal, message_id, column, calls = sys.stdout.isatty() and not as_json, None, "", {}
+    screen, message_id = Screen(), None
     try:
-        for event in smooth(events) if terminal else events:
+        for event in smooth(events) if sys.stdout.isatty() and not as_json else events:
             message_id = event["message_id"] if event["type"] == "start" else message_id
-            if as_json:
-                say(encode_json(event))
-                if event["type"] == "done":
-                    return event
-            elif event["type"] == "text":
-                say(event["text"], end="")
-                column = event["text"][-1]
-            elif event["type"] == "tool_call":
-                calls[event["tool_call_id"]] = event, time.monotonic()
-            elif event["type"] == "tool_result":
-                if column not in ("", "\n"):
-                    say("")
-                    column = "\n"
-                note(call_words(*calls.get(event["tool_call_id"], (event, time.monotonic())), event))
-            elif event["type"] == "done":
-                if column not in ("", "\n"):
-                    say("")
-                if event["error"]:
-                    fail(f"{event['error']['message']} ({event['error']['code']})", 1)
-                elif event["status"] == "cancelled":
-                    note("this reply was cancelled")
-                elif event["stop_reason"] == "max_tokens":
-                    note("cut off at the limit of tokens (max_tokens)")
+            (say_json if as_json else screen.show)(event)
+            if event["type"] == "done":
                 return event
     except KeyboardInterrupt:
-        if column not in ("", "\n"):
-            say("")
-        message_id = message_id or client.find_sent()
-        receipt = client.ask("POST", f"/api/v1/messages/{message_id}/cancel")
+        screen.end_line()
+        receipt = client.ask("POST", f"messages/{message_id or client.find_sent()}/cancel")
         note(receipt_words(receipt))
         return {"type": "done", **receipt, "error": None}
     raise Unreachable("the stream ended without an end")
+
+
+def follow(client: Client, message_id: str, position: int | None = None) -> dict:
+    return show(client, client.stream("GET", f"messages/{message_id}/stream", position=position))
 
 
 class Measure:
@@ -1440,7 +1382,11 @@ class Measure:
 
     def __init__(self):
         self.asked, self.first, self.last, self.gap = time.monotonic(), None, None, 0.0
-        self.texts, self.done, self.thread_id, self.message_id, self.position, self.faults = [], None, None, None, 0, []
+        self.texts, self.done, self.thread_id, self.message_id, self.position = [], None, None, None, 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
     def watch(self, events):
         for event in events:
@@ -1466,32 +1412,45 @@ class Measure:
 
     def figures(self, ttft: bool, rate: bool) -> dict:
         """What is asked for, in ms and tokens/s; the hops' own figures are in `done`."""
-        timing = (self.done or {}).get("timing") or {}
-        hops = {f"ttft_{hop}_ms": timing.get(f"{hop}_ttft_ms") for hop in ("edge", "domain", "provider")}
-        sizes = [len(text) for text in self.texts]
-        bundles = {"bundles": len(sizes), "characters_per_bundle": round(sum(sizes) / len(sizes), 1) if sizes else None}
-        rates = {"tokens_per_s": self.rate(), **bundles, "longest_gap_ms": round(self.gap * 1000, 1)}
-        return {**({"ttft_client_ms": self.ttft_ms(), **hops} if ttft else {}), **(rates if rate else {})}
+        timing, figures = (self.done or {}).get("timing") or {}, {}
+        if ttft:
+            figures["ttft_client_ms"] = self.ttft_ms()
+            figures |= {f"ttft_{hop}_ms": timing.get(f"{hop}_ttft_ms") for hop in ("edge", "domain", "provider")}
+        if rate:
+            count, characters = len(self.texts), len(self.text)
+            figures |= {"tokens_per_s": self.rate(), "bundles": count}
+            figures |= {"characters_per_bundle": round(characters / count, 1) if count else None}
+            figures |= {"longest_gap_ms": round(self.gap * 1000, 1)}
+        return figures
 
 
-def table(rows: list[tuple]) -> None:
+def table(rows) -> None:
     """Rows in columns; the last one takes what it needs."""
-    widths = [max(len(str(row[place])) for row in rows) for place in range(len(rows[0]))] if rows else []
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        say("  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip())
+        say("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def shorten(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def error_words(error: dict) -> str:
+    return f"{error['message']} ({error['code']})"
 
 
 def call_words(call: dict, began: float, result: dict) -> str:
     """A line for one tool call: name, short arguments, duration, size of the result, and what went wrong."""
-    arguments = encode_json(call.get("arguments", {}))
-    short = arguments if len(arguments) <= 80 else arguments[:77] + "..."
-    words = f"· {call['name']} {short} · {time.monotonic() - began:.1f} s · {len(result['text'])} characters"
+    arguments = shorten(encode_json(call.get("arguments", {})), 80)
+    words = f"· {call['name']} {arguments} · {time.monotonic() - began:.1f} s · {len(result['text'])} characters"
     return words + (f" · failed: {result['text'][:300]}" if result["is_error"] else "")
 
 
 def receipt_words(receipt: dict) -> str:
     kept = f"{receipt['position']} characters kept" if receipt["position"] else "nothing had come"
-    return f"{'stopped' if receipt['status'] == 'cancelled' else receipt['status']}: {kept}, message {receipt['message_id'][:8]}"
+    status = "stopped" if receipt["status"] == "cancelled" else receipt["status"]
+    return f"{status}: {kept}, message {receipt['message_id'][:8]}"
 
 
 def usage_words(usage: dict | None) -> str:
@@ -1499,78 +1458,149 @@ def usage_words(usage: dict | None) -> str:
         return "no usage"
     about = "about " if usage["estimated"] else ""
     cost = "" if usage["cost"] is None else f", ${usage['cost']:.4f}"
-    return f"{about}{usage['input_tokens']} tokens in ({usage['cached_tokens']} cached), {usage['output_tokens']} out{cost}"
+    tokens_in = f"{about}{usage['input_tokens']} tokens in ({usage['cached_tokens']} cached)"
+    return f"{tokens_in}, {usage['output_tokens']} out{cost}"
+
+
+def reaction_words(found: dict) -> str:
+    return "  ".join(f"{one['emoji']} {one['count']}" for one in found["reactions"]) or "no reactions"
+
+
+def title_of(thread: dict) -> str:
+    return thread["title"] or "(untitled)"
+
+
+def local_time(text: str) -> str:
+    import calendar
+
+    seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def headline(message: dict, place: str = "") -> str:
+    who = "you" if message["role"] == "user" else message["model"]
+    state = "" if message["status"] == "complete" else f" · {message['status']}"
+    reactions = "".join(f" {one['emoji']}{one['count'] if one['count'] > 1 else ''}" for one in message["reactions"])
+    return f"── {who} · {local_time(message['created_at'])} · {message['id'][:8]}{place}{state}{reactions}"
+
+
+def places(messages: list[dict]) -> list[str]:
+    """What tells where a message hangs, where that is not plainly behind the one before: branches and retries."""
+    words, before, beside = [], None, collections.defaultdict(list)
+    for message in messages:
+        beside[message["parent_id"], message["role"]].append(message["id"])
+    for message in messages:
+        parent, kind = message["parent_id"], "reply" if message["role"] == "assistant" else "branch"
+        ids = beside[parent, message["role"]]
+        word = f" · {kind} {ids.index(message['id']) + 1} of {len(ids)}" if len(ids) > 1 else ""
+        words.append(word + (f" to {parent[:8]}" if parent not in (None, before) else ""))
+        before = message["id"]
+    return words
 
 
 ################ Commands
-# One table, one short function each. `@command` adds a row: name, what it does, an example, its arguments.
+# One short function each, of the settings or (with a first parameter `client`) of a connected client. Its docstring is
+# its help: what it does, an example, and a line for each argument, as in `-t --thread ID`, `[thread]` (or none),
+# `words...` (one or more), `-f --file PATH...` (repeatable),
+# `-n COUNT=20` (a default), `--kill edge|domain` (a choice), `--format FORMAT=md|jsonl` (and its default).
 
-COMMANDS = {}
-
-
-def command(name: str, meaning: str, example: str, *arguments):
-    def add(fn):
-        COMMANDS[name] = (fn, meaning, example, arguments)
-        return fn
-
-    return add
+COMMANDS = {}  # name -> (run(settings, options), what it does, an example, lines of arguments)
 
 
-def arg(*names, **options):
-    return names, options
+def command(fn):
+    meaning, example, *arguments = [line.strip() for line in fn.__doc__.split("\n")]
+    needs_client = fn.__code__.co_varnames[0] == "client"
+    run = (lambda settings, options: fn(connect(settings), options)) if needs_client else fn
+    COMMANDS[example.split()[1]] = run, meaning, example, arguments
+    return fn
 
 
-@command(
-    "chat",
-    "send a message and read the reply; without one, talk on",
-    'liminal chat "why is the sky blue?"',
-    arg("message", nargs="*", help="the message; standard input, where it is piped, comes before it"),
-    arg("-m", "--model", help="provider/model (see `liminal models`)"),
-    arg("-s", "--system", help="the system text of a new thread, or of this one reply"),
-    arg("-c", "--continue", dest="again", action="store_true", help="go on with the newest thread"),
-    arg("-t", "--thread", help="go on with this thread (an id, or 4 or more of its first characters)"),
-    arg("-f", "--file", action="append", help="put a text file into the message, with its name (repeatable)"),
-    arg("-o", "--option", nargs=2, action="append", metavar=("KEY", "VALUE"), help="pass an option to the provider (repeatable)"),
-    arg("-u", "--usage", action="store_true", help="show usage, cost, time to first token and rate on standard error"),
-    arg("--no-stream", action="store_true", help="print the reply when it is whole"),
-    arg("--background", action="store_true", help="print the reply's id and leave; `liminal attach` shows it"),
-    arg("--tools", action=argparse.BooleanOptionalAction, default=True, help="offer tools to the model (see `liminal tools`)"),
-    arg("-T", dest="patterns", action="append", metavar="PATTERN", help="offer only tools that match, as in 'git__*' (repeatable)"),
-    arg("--allow", action="append", metavar="PATTERN", help="allow these tools for this run (repeatable)"),
-    arg("--json", action="store_true", help="the reply's events as JSON lines"),
-    arg("--measure-ttft", action="store_true", help="show the time to the first token, by hop"),
-    arg("--measure-token-rate", action="store_true", help="show token rate, bundles and gaps"),
-)
+def add_argument(parser, line: str) -> None:
+    names, meaning = re.split("  +", line, maxsplit=1)
+    flags = [word for word in names.replace("[no-]", "").split() if word.startswith("-")]
+    values = [word for word in names.split() if not word.startswith("-")]
+    given = {"help": meaning}
+    if not values:
+        offered = "[no-]" in names
+        given |= {"action": argparse.BooleanOptionalAction if offered else "store_true", "default": offered}
+        return parser.add_argument(*flags, **given)
+    optional, repeated = names.startswith("["), names.rstrip("]").endswith("...")
+    name, _, default = values[-1].strip("[.]").partition("=")
+    choices = (default or name).split("|")
+    given["default"] = choices[0] if default else None
+    if len(choices) > 1:
+        given["choices"] = choices
+    elif default.isdigit():
+        given |= {"type": int, "default": int(default)}
+    if flags:
+        given |= {"action": "append"} if repeated else {}
+        given |= {"nargs": 2, "metavar": (*values[:-1], name)} if len(values) > 1 else {}
+        given |= {"metavar": name} if len(values) == len(choices) == 1 else {}
+    else:
+        flags = [name]
+        given["nargs"] = {(True, True): "*", (False, True): "+", (True, False): "?"}.get((optional, repeated))
+    parser.add_argument(*flags, **given)
+
+
+@command
 def chat(settings: Settings, options) -> int:
-    content = "\n\n".join(part for part in (piped().strip("\n"), *map(read_file, options.file or ()), " ".join(options.message)) if part)
+    """send a message and read the reply; without one, talk on
+    liminal chat "why is the sky blue?"
+    [message...]  the message; standard input, where it is piped, comes before it
+    -m --model MODEL  provider/model (see `liminal models`)
+    -s --system TEXT  the system text of a new thread, or of this one reply
+    -c --continue  go on with the newest thread
+    -t --thread ID  go on with this thread (an id, or 4 or more of its first characters)
+    -f --file FILE...  put a text file into the message, with its name (repeatable)
+    -o --option KEY VALUE...  pass an option to the provider (repeatable)
+    -u --usage  show usage, cost, time to first token and rate on standard error
+    --no-stream  print the reply when it is whole
+    --background  print the reply's id and leave; `liminal attach` shows it
+    --[no-]tools  offer tools to the model (see `liminal tools`)
+    -T PATTERN...  offer only tools that match, as in 'git__*' (repeatable)
+    --allow PATTERN...  allow these tools for this run (repeatable)
+    --json  the reply's events as JSON lines
+    --measure-ttft  show the time to the first token, by hop
+    --measure-token-rate  show token rate, bundles and gaps"""
+    parts = piped().strip("\n"), *map(read_file, options.file or ()), " ".join(options.message)
+    content = "\n\n".join(filter(None, parts))
     if not content.isprintable() and content != content.encode("utf-8", "replace").decode():
         raise Problem("invalid_request", "the message is not valid UTF-8")
     if not content.strip() and not sys.stdin.isatty():
         raise Problem("invalid_request", "there is nothing to send: give a message or pipe one in")
     client = connect(settings)
     tell_unseen_keys(client)
-    thread_id = options.thread and client.ask("GET", f"/api/v1/threads/{quote(options.thread)}")["id"]
-    if options.again and not thread_id:
-        threads = client.ask("GET", "/api/v1/threads?limit=1")["threads"]
-        thread_id = threads[0]["id"] if threads else None
-        if threads and not content:
-            show_last_turn(client, thread_id)
-    fields = {"model": find_model(client, options.model), "system": options.system, "thread_id": thread_id}
-    fields |= {"tools": options.patterns if options.tools else False, "allow": options.allow}
-    fields["options"] = {key: option_value(value) for key, value in options.option} if options.option else None
-    fields = {name: value for name, value in fields.items() if value is not None}
+    thread_id = options.thread and find_thread(client, options.thread)["id"]
+    if getattr(options, "continue") and not thread_id:
+        for thread in client.list("threads", "?limit=1"):
+            thread_id = thread["id"]
+            if not content:
+                show_last_turn(client, thread_id)
+    fields = present(
+        model=find_model(client, options.model),
+        system=options.system,
+        thread_id=thread_id,
+        tools=options.T if options.tools else False,
+        allow=options.allow,
+        options=options.option and {key: option_value(value) for key, value in options.option},
+    )
     if not content:
-        return talk(client, fields, options)
+        return Chat(client, options, fields).talk()
     if options.background or options.no_stream:
         return send_quietly(client, {"content": content, **fields}, options)
-    return exit_code(send(client, content, fields, options)[0])
+    return exit_code(Chat(client, options, fields).send(content))
+
+
+def present(**fields) -> dict:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_file(name: str) -> str:
     try:
         return f"File {name}:\n\n```\n{pathlib.Path(name).read_text().rstrip()}\n```"
     except (OSError, UnicodeError) as error:
-        raise Problem("invalid_request", f"{name} cannot be sent as text: {getattr(error, 'strerror', None) or error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise Problem("invalid_request", f"{name} cannot be sent as text: {why}") from None
 
 
 def option_value(text: str):
@@ -1585,61 +1615,36 @@ def find_model(client: Client, name: str | None) -> str | None:
     """The model that a part of its name means, as in `-m haiku`; what names a provider is left as it is."""
     if not name or "/" in name:
         return name
-    found = [one["id"] for one in client.ask("GET", "/api/v1/models")["models"] if name in one["id"] and one["available"]]
+    found = [one["id"] for one in client.list("models") if name in one["id"] and one["available"]]
     exact = [one for one in found if name in one.split("/", 1)] or found
-    if len(exact) != 1 and not any(one.startswith(f"{name}/") for one in found):
-        words = f"{name!r} could be {', '.join(found[:8])}: give more of it" if found else f"no usable model has {name!r} in its name"
-        raise Problem("unknown_model", f"{words} (`liminal models`)")
-    return exact[0] if len(exact) == 1 else name
+    if len(exact) == 1:
+        return exact[0]
+    if any(one.startswith(f"{name}/") for one in found):
+        return name
+    several = f"{name!r} could be {', '.join(found[:8])}: give more of it"
+    words = several if found else f"no usable model has {name!r} in its name"
+    raise Problem("unknown_model", f"{words} (`liminal models`)")
 
 
 def send_quietly(client: Client, body: dict, options) -> int:
     """Without a stream: the id of a reply in the background, or a whole reply at once."""
-    path, headers = "/api/v1/messages", {"Idempotency-Key": str(uuid.uuid4())}
-    if options.background:
-        accepted = client.ask("POST", path, {**body, "background": True}, headers)
-        say(encode_json(accepted) if options.json else accepted["message_ids"][0])
-        return 0
-    message = client.ask("POST", path, {**body, "stream": False}, headers)
+    how = {"background": True} if options.background else {"stream": False}
+    found = client.ask("POST", "messages", {**body, **how}, {"Idempotency-Key": str(uuid.uuid4())})
     if options.json:
-        say(encode_json(message))
+        say_json(found)
+    elif options.background:
+        say(found["message_ids"][0])
     else:
-        say(message["content"], end="" if message["content"].endswith("\n") else "\n")
+        say(found["content"], end="" if found["content"].endswith("\n") else "\n")
+    if options.background:
+        return 0
     if options.usage:
-        note(usage_words(message["usage"]))
-    return fail(f"{message['error']['message']} ({message['error']['code']})", 1) if message["error"] else 0
+        note(usage_words(found["usage"]))
+    return fail(error_words(found["error"]), 1) if found["error"] else 0
 
 
 def exit_code(done: dict) -> int:
     return 130 if done["status"] == "cancelled" else 1 if done["error"] else 0
-
-
-def send(client: Client, content: str, fields: dict, options) -> tuple[dict, str | None]:
-    """Send a message and show its reply: (its `done`, the thread's id). A reply that still runs there is shown first."""
-    thread_id = fields.get("thread_id")
-    if thread_id:
-        attach_running(client, thread_id)
-    seen = Measure()
-    body = {name: value for name, value in fields.items() if name != "message_id"}
-    events = seen.watch(client.stream("POST", "/api/v1/messages", {"content": content, **body}))
-    done = show(client, events, options.json)
-    if options.measure_ttft or options.measure_token_rate:
-        figures = seen.figures(options.measure_ttft, options.measure_token_rate)
-        if options.json:
-            say(encode_json({"type": "measure", **figures}))
-        else:
-            note("\n".join(f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()))
-    if options.usage and not options.json:
-        note(f"{usage_words(done['usage'])}, first token after {seen.ttft_ms()} ms, {seen.rate()} tokens/s")
-    fields.update(message_id=seen.message_id)
-    return done, seen.thread_id or thread_id
-
-
-def attach_running(client: Client, thread_id: str) -> None:
-    for run in client.ask("GET", "/api/v1/runs")["runs"]:
-        if run["thread_id"] == thread_id:
-            note("a reply is still being generated in this thread; here it is")
-            show(client, client.stream("GET", f"/api/v1/messages/{run['message_id']}/stream"))
 
 
 def show_last_turn(client: Client, thread_id: str) -> None:
@@ -1649,40 +1654,110 @@ def show_last_turn(client: Client, thread_id: str) -> None:
     for message in asked + replies:
         note(headline(message))
         if message["status"] in ("pending", "streaming"):
-            show(client, client.stream("GET", f"/api/v1/messages/{message['id']}/stream"))
+            follow(client, message["id"])
         else:
             say(message["content"].rstrip("\n"))
 
 
-def talk(client: Client, fields: dict, options) -> int:
-    """The interactive chat: one message after another in one thread, until the end of input. `fields` go with each message;
-    `message_id` in them is the last reply."""
-    remember = keep_history(client.settings)
-    note("Ctrl-C stops a reply, Ctrl-D leaves, /help shows more")
-    while True:
-        try:
-            content = read_message()
-        except (EOFError, KeyboardInterrupt):
-            say("")
-            remember()
-            return 0
-        try:
+class Chat:
+    """Messages of one thread: `fields` go with each of them, `message_id` is the last reply. A method slash_x is the
+    command /x of the interactive chat, its docstring what /help tells of it."""
+
+    def __init__(self, client: Client, options, fields: dict):
+        self.client, self.options, self.fields, self.message_id = client, options, fields, None
+
+    def send(self, content: str) -> dict:
+        """Send a message and show its reply; gives its `done`. A reply that still runs in the thread is shown first."""
+        client, options, seen = self.client, self.options, Measure()
+        thread_id = self.fields.get("thread_id")
+        for run in client.list("runs") if thread_id else ():
+            if run["thread_id"] == thread_id:
+                note("a reply is still being generated in this thread; here it is")
+                follow(client, run["message_id"])
+        seen.asked = time.monotonic()
+        events = client.stream("POST", "messages", {"content": content, **self.fields})
+        done = show(client, seen.watch(events), options.json)
+        figures = seen.figures(options.measure_ttft, options.measure_token_rate)
+        if figures and options.json:
+            say_json({"type": "measure", **figures})
+        elif figures:
+            note("\n".join(f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()))
+        if options.usage and not options.json:
+            note(f"{usage_words(done['usage'])}, first token after {seen.ttft_ms()} ms, {seen.rate()} tokens/s")
+        self.message_id = seen.message_id
+        self.fields |= present(thread_id=seen.thread_id)
+        return done
+
+    def talk(self) -> int:
+        """One message after another, until the end of input."""
+        remember = keep_history(self.client.settings)
+        note("Ctrl-C stops a reply, Ctrl-D leaves, /help shows more")
+        while True:
+            try:
+                content = read_message()
+            except (EOFError, KeyboardInterrupt):
+                content = "/quit"
+                say("")
             word, _, rest = content.strip().partition(" ")
             if word == "/quit":
                 remember()
                 return 0
-            if word in SLASH:
-                SLASH[word][0](client, fields, rest.strip(), options)
-            elif re.fullmatch("/[a-z]+", word):
-                note(f"there is no {word}: /help shows what there is")
-            elif content.strip():
-                _, fields["thread_id"] = send(client, content, fields, options)
-        except KeyboardInterrupt:
-            client.close()
-        except Problem as problem:
-            fail(f"{problem.message} ({problem.code})", 1)
-        except Unreachable as problem:
-            fail(str(problem), 3)
+            try:
+                if slash := getattr(self, f"slash_{word[1:]}", None) if word.startswith("/") else None:
+                    slash(rest.strip())
+                elif re.fullmatch("/[a-z]+", word):
+                    note(f"there is no {word}: /help shows what there is")
+                elif word:
+                    self.send(content)
+            except KeyboardInterrupt:
+                self.client.close()
+            except (Problem, Unreachable) as error:
+                report(error)
+
+    @property
+    def last_reply(self) -> str:
+        if not self.message_id:
+            raise Problem("invalid_request", "there is no reply yet in this chat")
+        return f"messages/{self.message_id}"
+
+    def slash_help(self, rest: str) -> None:
+        """show this"""
+        methods = {name.removeprefix("slash_"): method for name, method in vars(Chat).items() if "slash_" in name}
+        table([*((f"/{name}", method.__doc__) for name, method in methods.items()), ("/quit", "leave, as Ctrl-D does")])
+
+    def slash_model(self, rest: str) -> None:
+        """show or change the model: /model haiku"""
+        self.fields |= {"model": find_model(self.client, rest)} if rest else {}
+        note(f"model: {self.fields.get('model') or 'the default'}")
+
+    def slash_system(self, rest: str) -> None:
+        """change the system text: /system Answer in French."""
+        self.fields["system"] = rest
+        note("the system text is set for what follows" if rest else "no system text for what follows")
+
+    def slash_retry(self, rest: str) -> None:
+        """another reply to the same message, with another model if named"""
+        body, seen = {"model": find_model(self.client, rest)} if rest else {}, Measure()
+        events = self.client.stream("POST", f"{self.last_reply}/retry", body)
+        show(self.client, seen.watch(events), self.options.json)
+        self.message_id = seen.message_id
+
+    def slash_fork(self, rest: str) -> None:
+        """go on in a copy of this thread"""
+        body = {"message_id": self.last_reply.removeprefix("messages/")}
+        thread = self.client.ask("POST", f"threads/{self.fields['thread_id']}/fork", body)
+        self.fields["thread_id"], self.message_id = thread["id"], None
+        note(f"going on in a copy of this thread, {thread['id'][:8]}")
+
+    def slash_react(self, rest: str) -> None:
+        """react to the last reply: /react 👍"""
+        note(reaction_words(self.client.ask("POST", f"{self.last_reply}/reactions", {"emoji": rest})))
+
+    def slash_tools(self, rest: str) -> None:
+        """offer tools: /tools on, /tools off, /tools git__*"""
+        chosen = {"": self.fields.get("tools"), "on": None, "off": False}.get(rest, rest.split())
+        self.fields = present(**{**self.fields, "tools": chosen})
+        note(f"tools: {'off' if chosen is False else ' '.join(chosen or ['all'])}")
 
 
 def keep_history(settings: Settings):
@@ -1714,134 +1789,63 @@ def read_message() -> str:
     return "\n".join(block)
 
 
-def slash_help(client: Client, fields: dict, rest: str, options) -> None:
-    table([(word, meaning) for word, (_, meaning) in SLASH.items()] + [("/quit", "leave, as Ctrl-D does")])
-
-
-def slash_model(client: Client, fields: dict, rest: str, options) -> None:
-    if rest:
-        fields["model"] = find_model(client, rest)
-    note(f"model: {fields.get('model') or 'the default'}")
-
-
-def slash_system(client: Client, fields: dict, rest: str, options) -> None:
-    fields["system"] = rest
-    note("the system text is set for what follows" if rest else "no system text for what follows")
-
-
-def slash_retry(client: Client, fields: dict, rest: str, options) -> None:
-    body = {"model": find_model(client, rest)} if rest else {}
-    seen = Measure()
-    show(client, seen.watch(client.stream("POST", f"/api/v1/messages/{last_reply(fields)}/retry", body)), options.json)
-    fields["message_id"] = seen.message_id
-
-
-def slash_fork(client: Client, fields: dict, rest: str, options) -> None:
-    path = f"/api/v1/threads/{fields.get('thread_id')}/fork"
-    thread = client.ask("POST", path, {"message_id": last_reply(fields)})
-    fields["thread_id"] = thread["id"]
-    fields.pop("message_id")
-    note(f"going on in a copy of this thread, {thread['id'][:8]}")
-
-
-def slash_react(client: Client, fields: dict, rest: str, options) -> None:
-    found = client.ask("POST", f"/api/v1/messages/{last_reply(fields)}/reactions", {"emoji": rest})
-    note(reaction_words(found))
-
-
-def slash_tools(client: Client, fields: dict, rest: str, options) -> None:
-    choices = {"": fields.get("tools"), "on": None, "off": False}
-    fields["tools"] = choices[rest] if rest in choices else rest.split()
-    if fields["tools"] is None:
-        del fields["tools"]
-    note(f"tools: {'off' if fields.get('tools') is False else ' '.join(fields.get('tools') or ['all'])}")
-
-
-def last_reply(fields: dict) -> str:
-    if not fields.get("message_id"):
-        raise Problem("invalid_request", "there is no reply yet in this chat")
-    return fields["message_id"]
-
-
-SLASH = {
-    "/help": (slash_help, "show this"),
-    "/model": (slash_model, "show or change the model: /model haiku"),
-    "/system": (slash_system, "change the system text: /system Answer in French."),
-    "/retry": (slash_retry, "another reply to the same message, with another model if named"),
-    "/fork": (slash_fork, "go on in a copy of this thread"),
-    "/react": (slash_react, "react to the last reply: /react 👍"),
-    "/tools": (slash_tools, "offer tools: /tools on, /tools off, /tools git__*"),
-}
-
-
 def tell_unseen_keys(client: Client) -> None:
     """A key that stands in this terminal's environment is no use to servers that were started without it."""
-    for provider in client.ask("GET", "/api/v1/providers")["providers"]:
+    for provider in client.list("providers"):
         name = provider["key_env"]
         if name and Settings.environment(name) and not provider["key_set"]:
             mend = f"`liminal down` and `liminal up`, or `liminal providers key {provider['name']}`"
             note(f"{name} is set here, but the running servers do not have it: {mend}")
 
 
-def quote(text: str) -> str:
-    return urllib.parse.quote(text, safe="")
-
-
 def all_messages(client: Client, thread_id: str) -> list[dict]:
-    found, after = [], 0
-    while True:
-        page = client.ask("GET", f"/api/v1/threads/{quote(thread_id)}/messages?limit=1000&after={after}")["messages"]
+    found, page = [], None
+    while page is None or len(page) == 1000:
+        after = found[-1]["number"] if found else 0
+        page = client.get(f"threads/{thread_id}/messages?limit=1000&after={after}")["messages"]
         found += page
-        if len(page) < 1000:
-            return found
-        after = page[-1]["number"]
+    return found
 
 
-def headline(message: dict, place: str = "") -> str:
-    who = "you" if message["role"] == "user" else message["model"]
-    state = "" if message["status"] == "complete" else f" · {message['status']}"
-    reactions = "".join(f" {one['emoji']}{one['count'] if one['count'] > 1 else ''}" for one in message["reactions"])
-    return f"── {who} · {local_time(message['created_at'])} · {message['id'][:8]}{place}{state}{reactions}"
+def find_thread(client: Client, ref: str | None) -> dict:
+    """A thread by its id, else the newest one."""
+    if ref:
+        return client.get(f"threads/{quote(ref)}")
+    if newest := client.list("threads", "?limit=1"):
+        return newest[0]
+    raise Problem("not_found", 'there is no thread yet: `liminal chat "hello"` begins one')
 
 
-def places(messages: list[dict]) -> list[str]:
-    """What tells where a message hangs, where that is not plainly behind the one before: branches and retries."""
-    words, before = [], None
-    for message in messages:
-        beside = [one["id"] for one in messages if (one["parent_id"], one["role"]) == (message["parent_id"], message["role"])]
-        word = f" · {'reply' if message['role'] == 'assistant' else 'branch'} {beside.index(message['id']) + 1} of {len(beside)}"
-        words.append((word if len(beside) > 1 else "") + (f" to {message['parent_id'][:8]}" if message["parent_id"] not in (None, before) else ""))
-        before = message["id"]
-    return words
+def find_reply(client: Client, ref: str | None, running: bool = False) -> dict:
+    """A reply by its id, else the newest one that runs, else (where that will do) the newest of the newest thread."""
+    if ref:
+        return client.get(f"messages/{quote(ref)}")
+    if runs := client.list("runs"):
+        return client.get(f"messages/{max(runs, key=lambda run: run['created_at'])['message_id']}")
+    threads = [] if running else client.list("threads", "?limit=1")
+    messages = all_messages(client, threads[0]["id"]) if threads else []
+    replies = [message for message in messages if message["role"] == "assistant"]
+    if not replies:
+        raise Problem("not_found", "no reply is being generated now" if running else "there is no reply yet")
+    return replies[-1]
 
 
-def local_time(text: str) -> str:
-    import calendar
-
-    seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-THREAD = arg("thread", nargs="?", help="an id or its first characters; without one, the newest thread")
-
-
-@command("threads", "list your threads, newest first", "liminal threads", arg("-n", type=int, default=20, help="how many"))
-def threads(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", f"/api/v1/threads?limit={options.n}")["threads"]
-    table([(thread["id"][:8], local_time(thread["updated_at"]), thread["title"] or "(untitled)") for thread in found])
-    return 0
+@command
+def threads(client: Client, options) -> None:
+    """list your threads, newest first
+    liminal threads
+    -n COUNT=20  how many"""
+    found = client.list("threads", f"?limit={options.n}")
+    table((thread["id"][:8], local_time(thread["updated_at"]), title_of(thread)) for thread in found)
 
 
-@command(
-    "show",
-    "print a thread, with its usage and cost at the end",
-    "liminal show 3f2a",
-    THREAD,
-)
-def show_thread(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def show_thread(client: Client, options) -> None:
+    """print a thread, with its usage and cost at the end
+    liminal show 3f2a
+    [thread]  an id or its first characters; without one, the newest thread"""
     thread = find_thread(client, options.thread)
-    say(f"# {thread['title'] or '(untitled)'}  ({thread['id'][:8]})")
+    say(f"# {title_of(thread)}  ({thread['id'][:8]})")
     messages = all_messages(client, thread["id"])
     for message, place in zip(messages, places(messages)):
         say(f"\n{headline(message, place)}")
@@ -1853,61 +1857,59 @@ def show_thread(settings: Settings, options) -> int:
     total = {name: sum(usage[name] for usage in told) for name in ("input_tokens", "cached_tokens", "output_tokens")}
     total |= {"cost": sum(costs) if costs else None, "estimated": any(usage["estimated"] for usage in told)}
     say(f"\n{usage_words(total)}")
-    return 0
 
 
-def find_thread(client: Client, ref: str | None) -> dict:
-    if ref:
-        return client.ask("GET", f"/api/v1/threads/{quote(ref)}")
-    newest = client.ask("GET", "/api/v1/threads?limit=1")["threads"]
-    if not newest:
-        raise Problem("not_found", 'there is no thread yet: `liminal chat "hello"` begins one')
-    return newest[0]
-
-
-@command("search", "find messages that hold all the words", "liminal search blue sky", arg("words", nargs="+"))
-def search(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", f"/api/v1/search?q={quote(' '.join(options.words))}")["results"]
-    marks = ("\x1b[1m", "\x1b[0m") if coloured(sys.stdout) else ("", "")
+@command
+def search(client: Client, options) -> int:
+    """find messages that hold all the words
+    liminal search blue sky
+    words...  what to look for"""
+    found = client.get(f"search?q={quote(' '.join(options.words))}")["results"]
+    bold, plain = ("\x1b[1m", "\x1b[0m") if coloured(sys.stdout) else ("", "")
     for one in found:
         say(f"{one['thread_id'][:8]} {one['message_id'][:8]} {local_time(one['created_at'])} {one['role']}")
-        for piece in re.split("([\x02\x03])", " ".join(one["snippet"].split(" "))):
-            print(marks[0] if piece == "\x02" else marks[1] if piece == "\x03" else printable(piece), end="")
+        for piece in re.split("([\x02\x03])", one["snippet"]):
+            print({"\x02": bold, "\x03": plain}.get(piece, printable(piece)), end="")
         say("\n")
     return 0 if found else fail("nothing found", 1)
 
 
-@command(
-    "fork",
-    "go on from a message in a copy of its thread",
-    "liminal fork 7be1",
-    arg("message", nargs="?", help="the last message of the copy; without one, the newest reply"),
-)
-def fork(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def fork(client: Client, options) -> None:
+    """go on from a message in a copy of its thread
+    liminal fork 7be1
+    [message]  the last message of the copy; without one, the newest reply"""
     message = find_reply(client, options.message)
-    thread = client.ask("POST", f"/api/v1/threads/{message['thread_id']}/fork", {"message_id": message["id"]})
+    thread = client.ask("POST", f"threads/{message['thread_id']}/fork", {"message_id": message["id"]})
     say(thread["id"])
     note(f'go on with: liminal chat -t {thread["id"][:8]} "..."')
-    return 0
 
 
-@command("rename", "give a thread another title", 'liminal rename 3f2a "blue skies"', arg("thread"), arg("title"))
-def rename(settings: Settings, options) -> int:
-    thread = connect(settings).ask("PATCH", f"/api/v1/threads/{quote(options.thread)}", {"title": options.title})
+@command
+def rename(client: Client, options) -> None:
+    """give a thread another title
+    liminal rename 3f2a "blue skies"
+    thread  an id or its first characters
+    title  the new title"""
+    thread = client.ask("PATCH", f"threads/{quote(options.thread)}", {"title": options.title})
     say(f"{thread['id'][:8]}  {thread['title']}")
-    return 0
 
 
-@command("delete", "delete a thread and its messages", "liminal delete 3f2a", arg("thread"), arg("-y", "--yes", action="store_true", help="do not ask"))
-def delete(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def delete(client: Client, options) -> None:
+    """delete a thread and its messages
+    liminal delete 3f2a
+    thread  an id or its first characters
+    -y --yes  do not ask"""
     thread = find_thread(client, options.thread)
     if not options.yes:
-        confirm(f"delete {thread['title'] or '(untitled)'!r} ({thread['id'][:8]}) with all its messages?")
-    client.ask("DELETE", f"/api/v1/threads/{thread['id']}")
+        confirm(f"delete {title_of(thread)!r} ({thread['id'][:8]}) with all its messages?")
+    remove(client, "threads", thread["id"])
+
+
+def remove(client: Client, kind: str, name: str) -> None:
+    client.ask("DELETE", f"{kind}/{quote(name)}")
     say("deleted")
-    return 0
 
 
 def confirm(question: str) -> None:
@@ -1916,138 +1918,115 @@ def confirm(question: str) -> None:
         raise Problem("invalid_request", "nothing was done (-y does not ask)")
 
 
-@command(
-    "export",
-    "print a thread as Markdown, or as JSON lines",
-    "liminal export 3f2a --format jsonl",
-    THREAD,
-    arg("--format", choices=["md", "jsonl"], default="md"),
-)
-def export(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def export(client: Client, options) -> None:
+    """print a thread as Markdown, or as JSON lines
+    liminal export 3f2a --format jsonl
+    [thread]  an id or its first characters; without one, the newest thread
+    --format FORMAT=md|jsonl  Markdown, or every message with all that is known of it"""
     thread = find_thread(client, options.thread)
     if options.format == "md":
-        say(f"# {thread['title'] or '(untitled)'}")
+        say(f"# {title_of(thread)}")
     for message in all_messages(client, thread["id"]):
         if options.format == "jsonl":
-            say(encode_json(message))
+            say_json(message)
         else:
             who = "You" if message["role"] == "user" else message["model"]
             say(f"\n## {who}\n\n{message['content'].rstrip()}")
-    return 0
 
 
-@command(
-    "react",
-    "react to a message with an emoji, or take it back",
-    "liminal react 7be1 👍",
-    arg("message", help="an id or its first characters (see `liminal show`)"),
-    arg("emoji", help="one emoji, or :name:"),
-    arg("--remove", action="store_true", help="take the reaction back"),
-)
-def react(settings: Settings, options) -> int:
-    client, path = connect(settings), f"/api/v1/messages/{quote(options.message)}/reactions"
+@command
+def react(client: Client, options) -> None:
+    """react to a message with an emoji, or take it back
+    liminal react 7be1 👍
+    message  an id or its first characters (see `liminal show`)
+    emoji  one emoji, or :name:
+    --remove  take the reaction back"""
+    path = f"messages/{quote(options.message)}/reactions"
     if options.remove:
         found = client.ask("DELETE", f"{path}/{quote(options.emoji)}")
     else:
         found = client.ask("POST", path, {"emoji": options.emoji})
     say(reaction_words(found))
-    return 0
 
 
-def reaction_words(found: dict) -> str:
-    return "  ".join(f"{one['emoji']} {one['count']}" for one in found["reactions"]) or "no reactions"
+@command
+def runs(client: Client, options) -> None:
+    """list the replies being generated now
+    liminal runs"""
+    rows = [(run["message_id"], run["model"], run["position"], run["created_at"]) for run in client.list("runs")]
+    table((one[:8], model, f"at {position}", local_time(began)) for one, model, position, began in rows)
 
 
-MESSAGE = arg("message", nargs="?", help="an id or its first characters; without one, the newest")
-
-
-def find_reply(client: Client, ref: str | None, running: bool = False) -> dict:
-    """A reply by its id, else the newest one that runs, else (where that will do) the newest reply of the newest thread."""
-    if ref:
-        return client.ask("GET", f"/api/v1/messages/{quote(ref)}")
-    runs = client.ask("GET", "/api/v1/runs")["runs"]
-    if runs:
-        return client.ask("GET", f"/api/v1/messages/{max(runs, key=lambda run: run['created_at'])['message_id']}")
-    threads = [] if running else client.ask("GET", "/api/v1/threads?limit=1")["threads"]
-    replies = [one for one in all_messages(client, threads[0]["id"]) if one["role"] == "assistant"] if threads else []
-    if not replies:
-        raise Problem("not_found", "no reply is being generated now" if running else "there is no reply yet")
-    return replies[-1]
-
-
-@command("runs", "list the replies being generated now", "liminal runs")
-def runs(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", "/api/v1/runs")["runs"]
-    table([(run["message_id"][:8], run["model"], f"at {run['position']}", local_time(run["created_at"])) for run in found])
-    return 0
-
-
-@command(
-    "attach",
-    "follow a reply, from its beginning or from now on",
-    "liminal attach 7be1",
-    MESSAGE,
-    arg("--from-now", action="store_true", help="only what comes from now on"),
-)
-def attach(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def attach(client: Client, options) -> int:
+    """follow a reply, from its beginning or from now on
+    liminal attach 7be1
+    [message]  an id or its first characters; without one, the newest
+    --from-now  only what comes from now on"""
     reply = find_reply(client, options.message)
-    position = reply["position"] if options.from_now else None
-    return exit_code(show(client, client.stream("GET", f"/api/v1/messages/{reply['id']}/stream", position=position)))
+    return exit_code(follow(client, reply["id"], reply["position"] if options.from_now else None))
 
 
-@command("stop", "stop a reply; what came is kept", "liminal stop", MESSAGE)
-def stop(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def stop(client: Client, options) -> None:
+    """stop a reply; what came is kept
+    liminal stop
+    [message]  an id or its first characters; without one, the newest"""
     reply = find_reply(client, options.message, running=True)
-    say(receipt_words(client.ask("POST", f"/api/v1/messages/{reply['id']}/cancel")))
-    return 0
+    say(receipt_words(client.ask("POST", f"messages/{reply['id']}/cancel")))
 
 
-@command(
-    "retry",
-    "generate another reply to the same message",
-    "liminal retry -m ollama/llama3.2",
-    MESSAGE,
-    arg("-m", "--model", help="with this model (default: the same)"),
-)
-def retry(settings: Settings, options) -> int:
-    client = connect(settings)
-    body = {"model": options.model} if options.model else {}
-    path = f"/api/v1/messages/{find_reply(client, options.message)['id']}/retry"
-    return exit_code(show(client, client.stream("POST", path, body)))
+@command
+def retry(client: Client, options) -> int:
+    """generate another reply to the same message
+    liminal retry -m ollama/llama3.2
+    [message]  an id or its first characters; without one, the newest
+    -m --model MODEL  with this model (default: the same)"""
+    path = f"messages/{find_reply(client, options.message)['id']}/retry"
+    return exit_code(show(client, client.stream("POST", path, {"model": options.model} if options.model else {})))
 
 
-@command("overflow", "list database bundles that wait for the Domain", "liminal overflow", arg("--json", action="store_true"))
-def overflow(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", "/api/v1/overflow?limit=1000")
+@command
+def overflow(client: Client, options) -> None:
+    """list database bundles that wait for the Domain
+    liminal overflow
+    --json  as one JSON object"""
+    found = client.get("overflow?limit=1000")
     if options.json:
-        say(encode_json(found))
-        return 0
-    rows = [(one["message_id"][:8], f"at {one['position']}", f"{one['age_s']:.1f} s", f"{one['tries']} tries") for one in found["waiting"]]
-    table([(*row, one["where"]) for row, one in zip(rows, found["waiting"])])
-    say(f"{found['queue']} in the queue, {found['overflow']} in overflow.db, {found['left_to_domain']} left to the Domain")
-    return 0
+        return say_json(found)
+    table(map(waiting_row, found["waiting"]))
+    kept = f"{found['queue']} in the queue, {found['overflow']} in overflow.db"
+    say(f"{kept}, {found['left_to_domain']} left to the Domain")
 
 
-@command("stats", "figures of both servers: time to first token, rate, bundles, cost", "liminal stats", arg("--json", action="store_true"))
-def stats(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", "/api/v1/stats")
+def waiting_row(one: dict) -> tuple:
+    place, age, tries = f"at {one['position']}", f"{one['age_s']:.1f} s", f"{one['tries']} tries"
+    return one["message_id"][:8], place, age, tries, one["where"]
+
+
+@command
+def stats(client: Client, options) -> None:
+    """figures of both servers: time to first token, rate, bundles, cost
+    liminal stats
+    --json  as one JSON object"""
+    found = client.get("stats")
     if options.json:
-        say(encode_json(found))
-        return 0
-    spread = lambda one: "  ".join(f"{name} {'-' if value is None else f'{value:g}'}" for name, value in one.items())
+        return say_json(found)
+    queued, bundles, consumers = found["queue"], found["bundles"], ("client", "database")
+    waits = queued.pop("wait_ms")
     rows = [(f"ttft {hop}, ms up to", spread(found["ttft_ms"][hop])) for hop in ("provider", "domain", "edge")]
-    rows += [(f"{who} bundles by", spread(found["bundles"][who])) for who in ("client", "database")]
-    rows += [(f"{who} bundles, tokens", spread(found["bundles"][f"{who}_tokens"])) for who in ("client", "database")]
-    rows += [("queue", spread({name: n for name, n in found["queue"].items() if name != "wait_ms"}))]
-    rows += [("queue wait, ms up to", spread(found["queue"]["wait_ms"]))]
+    rows += [(f"{who} bundles by", spread(bundles[who])) for who in consumers]
+    rows += [(f"{who} bundles, tokens", spread(bundles[f"{who}_tokens"])) for who in consumers]
+    rows += [("queue", spread(queued)), ("queue wait, ms up to", spread(waits))]
     names = ("tokens", "tokens_per_s", "runs", "clients", "resumes", "cancellations")
     table(rows + [(name.replace("_", " "), "-" if found[name] is None else found[name]) for name in names])
     say("")
     table([("model", "replies", "errors", "tokens in", "out", "cost"), *map(model_row, found["models"])])
-    return 0
+
+
+def spread(figures: dict) -> str:
+    return "  ".join(f"{name} {'-' if value is None else f'{value:g}'}" for name, value in figures.items())
 
 
 def model_row(one: dict) -> tuple:
@@ -2055,266 +2034,250 @@ def model_row(one: dict) -> tuple:
     return one["model"], one["runs"], one["errors"], one["input_tokens"], one["output_tokens"], cost
 
 
-@command("models", "list what can be used now, and why not where it cannot", "liminal models")
-def models(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", "/api/v1/models")["models"]
-    table([("*" if one["default"] else " ", one["id"], "" if one["available"] else f"no: {one['why']}") for one in found])
-    return 0
+@command
+def models(client: Client, options) -> None:
+    """list what can be used now, and why not where it cannot
+    liminal models"""
+    found = client.list("models")
+    table(("*" if one["default"] else " ", one["id"], "" if one["available"] else f"no: {one['why']}") for one in found)
 
 
-@command("tools", "list MCP servers and their tools, and which are allowed", "liminal tools")
-def tools(settings: Settings, options) -> int:
-    found = connect(settings).ask("GET", "/api/v1/tools")
+@command
+def tools(client: Client, options) -> None:
+    """list MCP servers and their tools, and which are allowed
+    liminal tools"""
+    found = client.get("tools")
     if found["why"]:
         note(found["why"])
     for server in found["servers"]:
         say(f"{server['name']}: {server['state']}" + (f" ({server['why']})" if server["why"] else ""))
-        rows = [(f"  {tool['name']}", "allowed" if tool["allowed"] else "refused", first_line(tool)) for tool in server["tools"]]
-        table(rows)
-    return 0
+        table(map(tool_row, server["tools"]))
 
 
-def first_line(tool: dict) -> str:
+def tool_row(tool: dict) -> tuple:
     words = (tool["description"] if tool["allowed"] else tool["why"]).strip().split("\n")[0]
-    return words if len(words) <= 150 else words[:147] + "..."
+    return f"  {tool['name']}", "allowed" if tool["allowed"] else "refused", shorten(words, 150)
 
 
-@command(
-    "keys",
-    "list, create or revoke API keys",
-    'liminal keys create "my phone"',
-    arg("action", nargs="?", choices=["list", "create", "revoke"], default="list"),
-    arg("name", nargs="?", help="the new key's name, or the id of the one to revoke"),
-    arg("--user", help="make the key for this user's id (owners only)"),
-)
-def keys(settings: Settings, options) -> int:
-    client = connect(settings)
-    if options.action == "list":
-        found = client.ask("GET", "/api/v1/keys")["keys"]
-        table([(one["id"][:8], one["prefix"] + "...", one["name"], one["last_used_at"] or "never used") for one in found])
-        return 0
+def named(options) -> str:
     if not options.name:
-        raise Problem("invalid_request", f"`liminal keys {options.action}` needs a name or an id")
-    if options.action == "create":
-        made = client.ask("POST", "/api/v1/keys", {"name": options.name, **({"user_id": options.user} if options.user else {})})
+        raise Problem("invalid_request", f"`liminal {options.command} {options.action}` needs a name or an id")
+    return options.name
+
+
+@command
+def keys(client: Client, options) -> None:
+    """list, create or revoke API keys
+    liminal keys create "my phone"
+    [action=list|create|revoke]  what to do
+    [name]  the new key's name, or the id of the one to revoke
+    --user ID  make the key for this user's id (owners only)"""
+    if options.action == "list":
+        keys = client.list("keys")
+        table((one["id"][:8], one["prefix"] + "...", one["name"], one["last_used_at"] or "never used") for one in keys)
+    elif options.action == "create":
+        made = client.ask("POST", "keys", present(name=named(options), user_id=options.user))
         note("this is shown once; LIMINAL_API_KEY takes it")
         say(made["secret"])
-        return 0
-    listed = [one["id"] for one in client.ask("GET", "/api/v1/keys")["keys"] if one["id"].startswith(options.name)]
-    gone = client.ask("DELETE", f"/api/v1/keys/{quote(listed[0] if len(listed) == 1 else options.name)}")
-    say(f"revoked {gone['name']} ({gone['prefix']}...)")
-    return 0
+    else:
+        ids = [one["id"] for one in client.list("keys") if one["id"].startswith(named(options))]
+        gone = client.ask("DELETE", f"keys/{quote(ids[0] if len(ids) == 1 else options.name)}")
+        say(f"revoked {gone['name']} ({gone['prefix']}...)")
 
 
-@command(
-    "users",
-    "list, create or delete users (owners only)",
-    "liminal users create ada",
-    arg("action", nargs="?", choices=["list", "create", "delete"], default="list"),
-    arg("name", nargs="?", help="the new user's name, or the id of the one to delete"),
-)
-def users(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def users(client: Client, options) -> None:
+    """list, create or delete users (owners only)
+    liminal users create ada
+    [action=list|create|delete]  what to do
+    [name]  the new user's name, or the id of the one to delete"""
     if options.action == "list":
-        found = client.ask("GET", "/api/v1/users")["users"]
-        table([(one["id"][:8], one["role"], one["name"]) for one in found])
-    elif not options.name:
-        raise Problem("invalid_request", f"`liminal users {options.action}` needs a name or an id")
+        table((one["id"][:8], one["role"], one["name"]) for one in client.list("users"))
     elif options.action == "create":
-        made = client.ask("POST", "/api/v1/users", {"name": options.name})
+        made = client.ask("POST", "users", {"name": named(options)})
         say(f"{made['id']}  {made['name']}")
         note(f"now give them a key: `liminal keys create NAME --user {made['id'][:8]}`")
     else:
-        client.ask("DELETE", f"/api/v1/users/{quote(options.name)}")
-        say("deleted")
-    return 0
+        remove(client, "users", named(options))
 
 
-@command(
-    "providers",
-    "list, add or delete providers, or give one its key",
-    "liminal providers key anthropic",
-    arg("action", nargs="?", choices=["list", "add", "delete", "key"], default="list"),
-    arg("name", nargs="?", help="the provider's name"),
-    arg("--kind", choices=["anthropic", "openai", "demo"], default="openai", help="how it is spoken to"),
-    arg("--base-url", help="its address, as in https://openrouter.ai/api/v1"),
-    arg("--key-env", help="the variable that holds its key, as in OPENROUTER_API_KEY"),
-    arg("--model", action="append", help="a model of it, the default one first (repeatable)"),
-)
-def providers(settings: Settings, options) -> int:
-    client = connect(settings)
+@command
+def providers(client: Client, options) -> None:
+    """list, add or delete providers, or give one its key
+    liminal providers key anthropic
+    [action=list|add|delete|key]  what to do
+    [name]  the provider's name
+    --kind KIND=openai|anthropic|demo  how it is spoken to
+    --base-url URL  its address, as in https://openrouter.ai/api/v1
+    --key-env NAME  the variable that holds its key, as in OPENROUTER_API_KEY
+    --model MODEL...  a model of it, the default one first (repeatable)"""
     if options.action == "list":
-        found = client.ask("GET", "/api/v1/providers")["providers"]
-        rows = [(one["name"], one["kind"], one["key_env"] or "-", "set" if one["key_set"] else "-") for one in found]
-        table([(*row, one["base_url"] or "-") for row, one in zip(rows, found)])
-    elif not options.name:
-        raise Problem("invalid_request", f"`liminal providers {options.action}` needs the provider's name")
+        table(map(provider_row, client.list("providers")))
     elif options.action == "add":
-        fields = {"kind": options.kind, "base_url": options.base_url, "key_env": options.key_env, "models": options.model}
-        made = client.ask("PUT", f"/api/v1/providers/{quote(options.name)}", fields)
+        fields = {name: getattr(options, name) for name in ("kind", "base_url", "key_env")} | {"models": options.model}
+        made = client.ask("PUT", f"providers/{quote(named(options))}", fields)
         say(f"{made['name']} is there: use it as {made['name']}/MODEL")
         if made["key_env"] and not made["key_set"]:
             note(f"now give it its key: `liminal providers key {made['name']}`")
     elif options.action == "delete":
-        client.ask("DELETE", f"/api/v1/providers/{quote(options.name)}")
-        say("deleted")
+        remove(client, "providers", named(options))
     else:
-        set_key(client, options.name)
-    return 0
+        set_key(client, named(options))
+
+
+def provider_row(one: dict) -> tuple:
+    return one["name"], one["kind"], one["key_env"] or "-", "set" if one["key_set"] else "-", one["base_url"] or "-"
 
 
 def set_key(client: Client, name: str) -> None:
     """Ask for a provider's key without echo and write it to data/env, which the Domain reads again by itself."""
     import getpass
 
-    known = {one["name"]: one for one in client.ask("GET", "/api/v1/providers")["providers"]}
-    variable = known.get(name, {}).get("key_env")
+    known = {one["name"]: one["key_env"] for one in client.list("providers")}
+    variable = known.get(name)
     if not variable:
-        takers = ", ".join(one["name"] for one in known.values() if one["key_env"])
+        takers = ", ".join(name for name, needed in known.items() if needed)
         raise Problem("invalid_request", f"{name} takes no key; these do: {takers}")
-    try:
-        secret = getpass.getpass(f"{variable}: ") if sys.stdin.isatty() else sys.stdin.readline()
-    except EOFError:
-        secret = ""
-    secret = secret.strip()
+    secret = ""
+    with contextlib.suppress(EOFError):
+        secret = (getpass.getpass(f"{variable}: ") if sys.stdin.isatty() else sys.stdin.readline()).strip()
     if not secret or not secret.isprintable() or set(secret) & set(" \"'#"):
         raise Problem("invalid_request", "that is no key: nothing was changed")
     path = client.settings.data / "env"
-    kept = [line for line in path.read_text().rstrip("\n").split("\n") if variable_of(line) != variable] if path.exists() else []
-    write_private(path, "\n".join([*kept, f"{variable}={secret}"]) + "\n")
+    lines = path.read_text().rstrip("\n").split("\n") if path.exists() else []
+    own = re.compile(rf"\s*(export )?\s*{re.escape(variable)}\s*(=|$)")
+    write_private(path, "\n".join([*(line for line in lines if not own.match(line)), f"{variable}={secret}"]) + "\n")
     say(f"{variable} is in {path}; the next message uses it")
     if Settings.environment(variable) not in ("", secret):
         note(f"another {variable} stands in this environment, and wins in servers that are started from it")
 
 
-def variable_of(line: str) -> str:
-    return line.strip().removeprefix("export ").partition("=")[0].strip()
-
-
-@command("up", "start both servers in the background", "liminal up")
-def up(settings: Settings, options) -> int:
+@command
+def up(settings: Settings, options) -> None:
+    """start both servers in the background
+    liminal up"""
     start_servers(settings)
     connect(settings)
     say(f"Liminal is up at {settings.url}")
-    return 0
 
 
-@command("down", "stop both servers, the Edge first; nothing is lost", "liminal down")
-def down(settings: Settings, options) -> int:
+@command
+def down(settings: Settings, options) -> None:
+    """stop both servers, the Edge first; nothing is lost
+    liminal down"""
     stopped = [name for name in ("edge", "domain") if stop_server(settings, name)]
     say(f"stopped: {', '.join(stopped)}" if stopped else "nothing was running")
-    return 0
 
 
-@command("status", "what runs, where, which version, and whether all is well", "liminal status")
+@command
 def status(settings: Settings, options) -> int:
-    rows = [("data", settings.data)]
-    well = all([server_row(settings, name, url, rows) for name, url in (("domain", settings.domain_url), ("edge", settings.url))])
-    open_files = [path.name for path in settings.data.glob("*") if path.stat().st_mode & 0o077] if settings.data.is_dir() else []
-    if open_files:
-        rows.append(("files", f"readable by others: {' '.join(sorted(open_files))}; mend it with chmod -R go= {settings.data}"))
-    if well:
-        client = Client(settings)
-        for one in client.ask("GET", "/api/v1/providers")["providers"]:
-            if one["key_env"]:
-                mend = f"not set: `liminal providers key {one['name']}`"
-                rows.append((one["name"], f"{one['key_env']} {'is set' if one['key_set'] else mend}"))
-        with contextlib.suppress(Problem):  # these two are for owners
-            for name, state in client.ask("GET", "/api/v1/status")["databases"].items():
-                rows.append((name, state if state == "ok" else f"{state}: restore it from a backup"))
-            waits = client.ask("GET", "/api/v1/overflow?limit=1")
-            rows.append(("queue", f"{waits['queue']} bundles wait, {waits['overflow']} in overflow.db (`liminal overflow`)"))
-    table(rows)
+    """what runs, where, which version, and whether all is well
+    liminal status"""
+    addresses = {"domain": settings.domain_url, "edge": settings.url}
+    told = {name: server_words(settings, name, url) for name, url in addresses.items()}
+    well, rows = all(told.values()), [("data", settings.data)]
+    rows += [(name, told[name] or f"not running at {url}: `liminal up` starts it") for name, url in addresses.items()]
+    paths = settings.data.glob("*") if settings.data.is_dir() else ()
+    if open_files := sorted(path.name for path in paths if path.stat().st_mode & 0o077):
+        mend = f"chmod -R go= {settings.data}"
+        rows.append(("files", f"readable by others: {' '.join(open_files)}; mend it with {mend}"))
+    table(rows + (system_rows(Client(settings)) if well else []))
     return 0 if well else 3
 
 
-def server_row(settings: Settings, name: str, url: str, rows: list) -> bool:
-    """Add a line on one server; whether it is well."""
+def server_words(settings: Settings, name: str, url: str) -> str:
+    """What there is to say of a server that is well, "" of any other."""
     try:
-        seen = Client(dataclasses.replace(settings, url=url), timeout=3).ask("GET", "/health")
+        seen, process = Client(settings, timeout=3, url=url).get("/health"), holder(settings, name)
         age = "" if seen["version"] == version() else ", older than the files: `liminal down` and `liminal up`"
         other = "" if seen["instance"] == settings.instance else ", of another data folder: set its port"
-        process = holder(settings, name)
-        rows.append((name, f"well at {url}" + (f", process {process}" if process else "") + f", version {seen['version']}{age}{other}"))
-        return True
+        return f"well at {url}{f', process {process}' if process else ''}, version {seen['version']}{age}{other}"
     except (Unreachable, Problem, KeyError, TypeError):
-        rows.append((name, f"not running at {url}: `liminal up` starts it"))
-        return False
+        return ""
+
+
+def system_rows(client: Client) -> list[tuple]:
+    """Keys, databases and the queue of a system that is well."""
+    rows = []
+    for one in client.list("providers"):
+        if one["key_env"]:
+            state = "is set" if one["key_set"] else f"not set: `liminal providers key {one['name']}`"
+            rows.append((one["name"], f"{one['key_env']} {state}"))
+    with contextlib.suppress(Problem):  # these two are for owners
+        for name, state in client.get("status")["databases"].items():
+            rows.append((name, state if state == "ok" else f"{state}: restore it from a backup"))
+        waits = client.get("overflow?limit=1")
+        words = f"{waits['queue']} bundles wait, {waits['overflow']} in overflow.db (`liminal overflow`)"
+        rows.append(("queue", words))
+    return rows
 
 
 ################ Breaking things on purpose
-# The same promises that the test suite checks, against any running system and model: every stream whole, in order, and equal
-# to what is stored. They make threads of their own, and delete them.
-
-LOAD = "demo/load-200-50"
+# The same promises that the test suite checks, against any running system and model: every stream whole, in order,
+# and equal to what is stored. They make threads of their own, and delete them.
 
 
-@command(
-    "test",
-    "measure and break a running system on purpose",
-    "liminal test network --simulate-disconnect --at-token 20 --times 3",
-    arg("what", choices=["concurrent", "network", "contract", "all"], help="many streams at once; dropped connections and killed servers; every operation with good and bad input; all three"),
-    arg("-m", "--model", default=LOAD, help=f"the model to test with (default: {LOAD})"),
-    arg("--sessions", type=int, default=10, help="concurrent: how many at once"),
-    arg("--messages", type=int, default=1, help="concurrent: how many messages in each"),
-    arg("--simulate-disconnect", action="store_true", help="network: drop the connection and resume (always done)"),
-    arg("--at-token", type=int, default=20, help="network: drop it after so many words"),
-    arg("--times", type=int, default=1, help="network: drop it so often"),
-    arg("--kill", choices=["edge", "domain"], help="network: kill -9 this server in mid-reply, and start it again"),
-    arg("-y", "--yes", action="store_true", help="do not ask before killing"),
-    arg("--json", action="store_true", help="the figures as one JSON object"),
-)
-def test(settings: Settings, options) -> int:
-    client, failed = connect(settings), False
+@command
+def test(client: Client, options) -> int:
+    """measure and break a running system on purpose
+    liminal test network --simulate-disconnect --at-token 20 --times 3
+    what=concurrent|network|contract|all  many streams; lost connections and killed servers; every operation; all three
+    -m --model MODEL=demo/load-200-50  the model to test with (default: demo/load-200-50)
+    --sessions COUNT=10  concurrent: how many at once
+    --messages COUNT=1  concurrent: how many messages in each
+    --simulate-disconnect  network: drop the connection and resume (always done)
+    --at-token COUNT=20  network: drop it after so many words
+    --times COUNT=1  network: drop it so often
+    --kill edge|domain  network: kill -9 this server in mid-reply, and start it again
+    -y --yes  do not ask before killing
+    --json  the figures as one JSON object"""
+    failed = False
     kinds = {"concurrent": test_concurrent, "network": test_network, "contract": test_contract}
     for name in kinds if options.what == "all" else [options.what]:
-        figures = kinds[name](client, options)
-        failed |= bool(figures["faults"])
+        figures, faults = kinds[name](client, options)
+        failed |= bool(faults)
         if options.json:
-            say(encode_json({"test": name, **figures}))
+            say_json({"test": name, **figures, "faults": faults})
         else:
-            table([(word.replace("_", " "), value) for word, value in figures.items() if word != "faults"])
-            for fault in figures["faults"]:
+            table((word.replace("_", " "), value) for word, value in figures.items())
+            for fault in faults:
                 say(f"WRONG: {fault}")
     return 1 if failed else 0
 
 
-def compare_stored(client: Client, seen: Measure, text: str) -> list[str]:
-    """What is wrong with a finished stream, held against the message on disk and, for the load model, what must have come."""
-    stored = client.ask("GET", f"/api/v1/messages/{seen.message_id}")
-    faults = [] if stored["status"] == seen.done["status"] else [f"status {seen.done['status']} is stored as {stored['status']}"]
-    if sha256(stored["content"]) != sha256(text):
+def compare_stored(client: Client, seen: Measure) -> list[str]:
+    """What is wrong with a finished stream, against the message on disk and what the load model must have sent."""
+    stored, done, text = client.get(f"messages/{seen.message_id}"), seen.done, seen.text
+    faults = []
+    if stored["status"] != done["status"]:
+        faults.append(f"status {done['status']} is stored as {stored['status']}")
+    if stored["content"] != text:
         faults.append(f"{len(text)} characters came, {len(stored['content'])} others are stored")
-    load = re.fullmatch(r"demo/load-(\d+)-\d+", stored["model"])
-    whole = load and "".join(f" t{number}" for number in range(int(load[1])))
-    if load and (text != whole if stored["status"] == "complete" else not whole.startswith(text)):
-        faults.append("the text is not what the load model sent")
-    if stored["position"] != seen.position or seen.done["position"] != seen.position:
-        faults.append(f"position {seen.position} is stored as {stored['position']}, told as {seen.done['position']}")
+    if load := re.fullmatch(r"demo/load-(\d+)-\d+", stored["model"]):
+        whole = "".join(f" t{number}" for number in range(int(load[1])))
+        if text != (whole if stored["status"] == "complete" else whole[: len(text)]):
+            faults.append("the text is not what the load model sent")
+    if not stored["position"] == seen.position == done["position"]:
+        faults.append(f"position {seen.position} is stored as {stored['position']}, told as {done['position']}")
     return [f"message {seen.message_id[:8]}: {fault}" for fault in faults]
 
 
-def sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def test_concurrent(client: Client, options) -> dict:
+def test_concurrent(client: Client, options) -> tuple[dict, list[str]]:
     """Many sessions at once: every stream complete, ordered and equal to what is stored."""
-    seen, faults = [], []
+    seen, faults, wanted = [], [], options.sessions * options.messages
 
     def session():
         own, body = Client(client.settings), {"content": "load test", "model": options.model}
         try:
             for _ in range(options.messages):
-                measure = Measure()
-                for _ in measure.watch(own.stream("POST", "/api/v1/messages", body)):
-                    pass
-                faults.extend(compare_stored(own, measure, "".join(measure.texts)))
-                if measure.done["status"] != "complete":
-                    faults.append(f"message {measure.message_id[:8]} ended as {measure.done['status']}")
-                body["thread_id"] = measure.thread_id
-                seen.append(measure)
-            own.ask("DELETE", f"/api/v1/threads/{body['thread_id']}")
+                one = Measure()
+                collections.deque(one.watch(own.stream("POST", "messages", body)), maxlen=0)
+                faults.extend(compare_stored(own, one))
+                if one.done["status"] != "complete":
+                    faults.append(f"message {one.message_id[:8]} ended as {one.done['status']}")
+                body["thread_id"] = one.thread_id
+                seen.append(one)
+            own.ask("DELETE", f"threads/{body['thread_id']}")
         except (Problem, Unreachable, OSError) as error:
             faults.append(f"a session broke off: {error}")
 
@@ -2322,124 +2285,53 @@ def test_concurrent(client: Client, options) -> dict:
     began = time.monotonic()
     for thread in threads:
         thread.start()
-    while any(thread.is_alive() for thread in threads):
-        progress(len(seen), options.sessions * options.messages)
-        threads[-1].join(0.2) if threads[-1].is_alive() else time.sleep(0.2)
+    while running := [thread for thread in threads if thread.is_alive()]:
+        progress(len(seen), wanted)
+        running[-1].join(0.2)
     progress(None, 0)
-    if len(seen) < options.sessions * options.messages and not faults:
-        faults.append(f"only {len(seen)} of {options.sessions * options.messages} messages came through")
-    seconds, tokens = time.monotonic() - began, sum((one.done["usage"] or {}).get("output_tokens", 0) for one in seen)
+    if len(seen) < wanted and not faults:
+        faults.append(f"only {len(seen)} of {wanted} messages came through")
+    return load_figures(seen, time.monotonic() - began), faults
+
+
+def load_figures(seen: list[Measure], seconds: float) -> dict:
+    tokens = sum((one.done["usage"] or {}).get("output_tokens", 0) for one in seen)
     ttft = sorted(one.ttft_ms() for one in seen if one.first)
-    figures = {"messages": len(seen), "tokens": tokens, "seconds": round(seconds, 2), "tokens_per_s": round(tokens / seconds, 1)}
-    figures |= {f"ttft_p{int(q * 100)}_ms": ttft[min(len(ttft) - 1, int(q * len(ttft)))] if ttft else None for q in (0.5, 0.95, 0.99)}
-    return {**figures, "longest_gap_ms": round(max((one.gap for one in seen), default=0) * 1000, 1), "faults": faults}
+    figures = {"messages": len(seen), "tokens": tokens, "seconds": round(seconds, 2)}
+    figures["tokens_per_s"] = round(tokens / seconds, 1)
+    for percent in (50, 95, 99):
+        figures[f"ttft_p{percent}_ms"] = ttft[min(len(ttft) - 1, len(ttft) * percent // 100)] if ttft else None
+    return figures | {"longest_gap_ms": round(max((one.gap for one in seen), default=0) * 1000, 1)}
 
 
-def test_network(client: Client, options) -> dict:
+def test_network(client: Client, options) -> tuple[dict, list[str]]:
     """One reply whose connection is dropped again and again, and resumed: nothing lost, nothing twice."""
-    if options.kill and not (pid := holder(client.settings, options.kill)):
-        raise Problem("invalid_request", f"the {options.kill} of {client.settings.data} does not run here: there is nothing to kill")
-    if options.kill and not options.yes:
-        confirm(f"kill -9 the {options.kill}, process {pid}?")
+    settings, victim = client.settings, options.kill
+    if victim and not holder(settings, victim):
+        raise Problem("invalid_request", f"the {victim} of {settings.data} does not run here: there is nothing to kill")
+    if victim and not options.yes:
+        confirm(f"kill -9 the {victim}, process {holder(settings, victim)}?")
     seen, drops, began = Measure(), 0, time.monotonic()
-    method, path, body = "POST", "/api/v1/messages", {"content": "network test", "model": options.model}
+    request = "POST", "messages", {"content": "network test", "model": options.model}
     while not seen.done:
-        place = str(seen.position) if seen.message_id else None
-        for event in seen.watch(client.stream(method, path, body, position=place)):
-            if drops < options.times and len("".join(seen.texts).split()) >= options.at_token * (drops + 1):
+        for event in seen.watch(client.stream(*request, position=seen.position if seen.message_id else None)):
+            if drops < options.times and len(seen.text.split()) >= options.at_token * (drops + 1):
                 drops += 1
                 break
         client.close()
         progress(drops, options.times)
-        method, path, body = "GET", f"/api/v1/messages/{seen.message_id}/stream", None
-        if options.kill and drops == options.times and not seen.done:
-            kill_and_start(client.settings, options.kill)
-            options.kill = None
+        request = "GET", f"messages/{seen.message_id}/stream", None
+        if victim and drops == options.times and not seen.done:
+            kill_and_start(settings, victim)
+            victim = None
     progress(None, 0)
-    faults = compare_stored(client, seen, "".join(seen.texts))
+    faults = compare_stored(client, seen)
     if drops < options.times:
         faults.append(f"the reply was over after {drops} drops: take a smaller --at-token or a longer reply")
-    client.ask("DELETE", f"/api/v1/threads/{seen.thread_id}")
-    figures = {"drops": drops, "status": seen.done["status"], "characters": seen.position, "seconds": round(time.monotonic() - began, 2)}
-    return {**figures, "sha256": sha256("".join(seen.texts))[:16], "faults": faults}
-
-
-def test_contract(client: Client, options) -> dict:
-    """Every operation of contracts.json with good and with bad input; every answer and event is held against it."""
-    known, faults, calls = operations("edge"), [], collections.Counter()
-
-    def call(name: str, expected: int, body=None, /, *, key: str | None = None, query: str = "", **path):
-        """Call one operation, check status and body; returns the parsed body."""
-        operation = known[name]
-        url = operation.path.format_map({place: quote(value) for place, value in path.items()}) + query
-        one = Client(dataclasses.replace(client.settings, api_key=client.key if key is None else key), timeout=30)
-        if key == "":
-            one.key = "none"
-        response = one.send(operation.method, url, body)
-        data = response.read()
-        kind, calls[name] = response.getheader("Content-Type", ""), calls[name] + 1
-        value = json.loads(data) if data and "json" in kind else None
-        if response.status != expected:
-            faults.append(f"{name}: status {response.status} instead of {expected}: {data[:200]!r}")
-        test = schema_check("Error") if response.status >= 400 else operation.replies.get(response.status)
-        fault = test and "event-stream" not in kind and test(value)
-        if fault:
-            faults.append(f"{name}: {'.'.join(map(str, fault[0]))} {fault[1]}")
-        if "event-stream" in kind:
-            events = [json.loads(text) for _, text, _ in Decoder().feed(data)]
-            faults.extend(f"{name}: {event['type']} {fault}" for event in events if (fault := schema_check("Event")(event)))
-            if [event["type"] for event in events if event["type"] in ("start", "done")] != ["start", "done"]:
-                faults.append(f"{name}: the stream has not exactly one start, first, and one done, last")
-            return events[0]
-        return value
-
-    small = {"content": "contract test", "model": "demo/load-20-0"}
-    started = call("send_message", 200, small)
-    reply, thread = {"message_id": started["message_id"]}, {"thread_id": started["thread_id"]}
-    call("send_message", 200, {**small, "stream": False, **thread})
-    ids = call("send_message", 202, {**small, "background": True})
-    call("stream_message", 200, message_id=ids["message_ids"][0])
-    for name in ("get_message", "stream_message", "cancel_message", "retry_message"):
-        call(name, 200, **reply)
-    call("add_reaction", 200, {"emoji": "👍"}, **reply)
-    call("remove_reaction", 200, emoji="👍", **reply)
-    made = call("create_thread", 201, {"title": "contract test"})
-    for name, body in (("get_thread", None), ("update_thread", {"title": "changed"}), ("list_messages", None)):
-        call(name, 200, body, **thread)
-    forked = call("fork_thread", 201, {"message_id": reply["message_id"]}, **thread)
-    for name, query in (("list_threads", "?limit=1"), ("list_runs", ""), ("list_models", ""), ("list_tools", ""), ("list_providers", "")):
-        call(name, 200, query=query)
-    call("search_messages", 200, query="?q=%22contract")
-    for name in ("list_keys", "get_stats", "health", "metrics", "contract"):
-        call(name, 200)
-    mine = client.ask("GET", "/api/v1/keys")["keys"][0]
-    secret = call("create_key", 201, {"name": "contract test"})
-    call("create_session", 201, key=secret["secret"])
-    call("delete_session", 401)  # a key is no session
-    call("revoke_key", 200, key_id=secret["id"])
-    call("list_threads", 401, key=secret["secret"])
-    owner = client.ask("GET", "/api/v1/keys")["keys"] and Client(client.settings).send("GET", "/api/v1/users").status == 200
-    for name in ("list_users", "list_overflow", "get_status"):
-        call(name, 200 if owner else 403)
-    if owner:
-        user = call("create_user", 201, {"name": f"contract test {mine['id'][:4]} {os.getpid()}"})
-        call("delete_user", 200, user_id=user["id"])
-        call("put_provider", 200, {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}, name="contract-test")
-        call("delete_provider", 204, name="contract-test")
-    nobody, nothing = "00000000-0000-4000-8000-000000000000", {}
-    for name, operation in known.items():
-        places = {given.name: nobody for given in operation.parameters if given.where == "path"}
-        places |= {"emoji": "👍"} if "emoji" in places else {"name": "no-such-thing"} if "name" in places else nothing
-        if operation.security:
-            call(name, 401, {} if operation.body else None, key="", **places)
-        if operation.body_required and "key" in operation.security and (owner or "owner" not in operation.security["key"]):
-            call(name, 400, {"no such field": 1}, **places)
-        elif places and operation.method in ("GET", "DELETE") and (owner or "owner" not in operation.security["key"]):
-            call(name, 404, **places)
-    for one in {thread["thread_id"], ids["thread_id"], made["id"], forked["id"]}:
-        call("delete_thread", 204, thread_id=one)
-    faults += [f"{name} was not called" for name in known if not calls[name]]
-    return {"operations": len(known), "calls": calls.total(), "faults": faults}
+    client.ask("DELETE", f"threads/{seen.thread_id}")
+    figures = {"drops": drops, "status": seen.done["status"], "characters": seen.position}
+    figures["seconds"] = round(time.monotonic() - began, 2)
+    return figures | {"sha256": hashlib.sha256(seen.text.encode()).hexdigest()[:16]}, faults
 
 
 def kill_and_start(settings: Settings, name: str) -> None:
@@ -2457,9 +2349,112 @@ def progress(done: int | None, of: int) -> None:
         print(f"\r\x1b[K{bar}", end="", file=sys.stderr, flush=True)
 
 
+class Trial:
+    """Calls operations of the Edge and holds every answer and event against the contract; gathers `faults`."""
+
+    def __init__(self, client: Client):
+        self.client, self.operations, self.faults = client, operations("edge"), []
+        self.calls, self.owner = collections.Counter(), client.send("GET", "users").status == 200
+        client.close()  # that answer's body stays unread
+
+    def call(self, name: str, /, body=None, status: int | None = None, key: str | None = None, query="", **names):
+        """One call; the parsed answer, or a stream's first event. `status` is what must come (by default, success)."""
+        operation, self.calls[name] = self.operations[name], self.calls[name] + 1
+        path = operation.path.format_map({place: quote(value) for place, value in names.items()}) + query
+        client = Client(self.client.settings, timeout=30, key=key)
+        response = client.send(operation.method, path.removeprefix("/api/v1/"), body)
+        data, kind = response.read(), response.getheader("Content-Type", "")
+        if response.status != (status or operation.status):
+            words = f"status {response.status} instead of {status or operation.status}"
+            self.faults.append(f"{name}: {words}: {data[:200]!r}")
+        if "event-stream" in kind:
+            return self.check_stream(name, data)
+        value = json.loads(data) if data and "json" in kind else None
+        error = response.status >= 400
+        self.check(name, schema_check("Error") if error else operation.replies.get(response.status), value)
+        return value
+
+    def check(self, what: str, test, value) -> None:
+        if fault := test and test(value):
+            self.faults.append(f"{what}: {dotted(fault)} {fault[1]}")
+
+    def check_stream(self, name: str, data: bytes) -> dict:
+        events = [json.loads(text) for _, text, _ in Decoder().feed(data)]
+        for event in events:
+            self.check(f"{name}: {event['type']}", schema_check("Event"), event)
+        if [event["type"] for event in events if event["type"] in ("start", "done")] != ["start", "done"]:
+            self.faults.append(f"{name}: the stream has not exactly one start, first, and one done, last")
+        return events[0]
+
+    def good_input(self) -> None:
+        call, small = self.call, {"content": "contract test", "model": "demo/load-20-0"}
+        started = call("send_message", small)
+        reply, thread = {"message_id": started["message_id"]}, {"thread_id": started["thread_id"]}
+        call("send_message", {**small, "stream": False, **thread})
+        later = call("send_message", {**small, "background": True}, 202)
+        call("stream_message", message_id=later["message_ids"][0])
+        for name in ("get_message", "stream_message", "cancel_message", "retry_message"):
+            call(name, **reply)
+        call("add_reaction", {"emoji": "👍"}, **reply)
+        call("remove_reaction", emoji="👍", **reply)
+        made = call("create_thread", {"title": "contract test"})
+        for name, body in {"get_thread": None, "update_thread": {"title": "changed"}, "list_messages": None}.items():
+            call(name, body, **thread)
+        forked = call("fork_thread", reply, **thread)
+        call("search_messages", query="?q=%22contract")
+        call("list_threads", query="?limit=1")
+        lists = ("list_runs", "list_models", "list_tools", "list_providers", "list_keys")
+        for name in (*lists, "get_stats", "health", "metrics", "contract"):
+            call(name)
+        for one in {thread["thread_id"], later["thread_id"], made["id"], forked["id"]}:
+            call("delete_thread", thread_id=one)
+
+    def keys_and_owners(self) -> None:
+        call = self.call
+        made = call("create_key", {"name": "contract test"})
+        call("create_session", key=made["secret"])
+        call("delete_session", status=401)  # a key is no session
+        call("revoke_key", key_id=made["id"])
+        call("list_threads", status=401, key=made["secret"])
+        for name in ("list_users", "list_overflow", "get_status"):
+            call(name, status=None if self.owner else 403)
+        if self.owner:
+            user = call("create_user", {"name": f"contract test {made['id'][:4]} {os.getpid()}"})
+            call("delete_user", user_id=user["id"])
+            call("put_provider", {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"}, name="contract-test")
+            call("delete_provider", name="contract-test")
+
+    def bad_input(self) -> None:
+        """No key, a field that is not known, things that do not exist."""
+        strange = {"emoji": "👍", "name": "no-such-thing"}
+        for name, operation in self.operations.items():
+            places = [given.name for given in operation.parameters if given.where == "path"]
+            nothing = {place: strange.get(place, "00000000-0000-4000-8000-000000000000") for place in places}
+            needed = operation.security.get("key")
+            if operation.security:
+                self.call(name, {} if operation.body else None, 401, key="none", **nothing)
+            if needed is not None and operation.body_required and (self.owner or "owner" not in needed):
+                self.call(name, {"no such field": 1}, 400, **nothing)
+            elif places and operation.method in ("GET", "DELETE") and (self.owner or "owner" not in (needed or ())):
+                self.call(name, None, 404, **nothing)
+
+
+def test_contract(client: Client, options) -> tuple[dict, list[str]]:
+    """Every operation of contracts.json with good and with bad input; every answer and event is held against it."""
+    trial = Trial(client)
+    for part in (trial.good_input, trial.keys_and_owners, trial.bad_input):
+        part()
+    trial.faults += [f"{name} was not called" for name in trial.operations if not trial.calls[name]]
+    return {"operations": len(trial.operations), "calls": trial.calls.total()}, trial.faults
+
+
+################ The command line
+
+
 def make_parser() -> argparse.ArgumentParser:
-    lines = [f"  {field.metadata['name']:<24} {field.metadata['meaning']}" for field in dataclasses.fields(Settings) if field.metadata]
-    words = "settings (environment, or lines of data/env):\n" + "\n".join(lines)
+    fields = [field.metadata for field in dataclasses.fields(Settings) if field.metadata]
+    lines = [f"  {field['name']:<24} {field['meaning']}" for field in fields]
+    words = "\n".join(["settings (environment, or lines of data/env):", *lines])
     words += "\n\nexit status: 0 done, 1 failed, 2 wrong usage, 3 no server, 130 interrupted"
     shape = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     about = "Chat with any LLM; a reply is never lost. Without a command: chat."
@@ -2469,19 +2464,18 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (fn, meaning, example, arguments) in COMMANDS.items():
         sub = commands.add_parser(name, help=meaning, description=meaning, epilog=f"example: {example}", **shape)
         sub.set_defaults(run=fn)
-        for names, options in arguments:
-            sub.add_argument(*names, **options)
+        for line in arguments:
+            add_argument(sub, line)
     return parser
 
 
 def with_command(words: list[str]) -> list[str]:
     """`liminal "a question"` and `liminal -m x "..."` mean chat; a single unknown word is more likely a slip."""
     first = words[0] if words else "-"
-    if first.startswith("-") and first not in ("-h", "--help", "--version"):
-        return ["chat", *words]
-    if first not in COMMANDS and not first.startswith("-") and (" " in first or piped().strip()):
-        return ["chat", *words]
-    return words
+    if first.startswith("-"):
+        return words if first in ("-h", "--help", "--version") else ["chat", *words]
+    means_chat = first not in COMMANDS and (" " in first or piped().strip())
+    return ["chat", *words] if means_chat else words
 
 
 @functools.cache
@@ -2500,14 +2494,10 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         options = make_parser().parse_args(with_command(sys.argv[1:]))
-        code = options.run(Settings.load(), options)
+        code = options.run(Settings.load(), options) or 0
         sys.stdout.flush()
-    except Problem as problem:
-        code = fail(f"{problem.message} ({problem.code})", 1)
-    except Unreachable as problem:
-        code = fail(str(problem), 3)
-    except Lost as problem:
-        code = fail(f"the connection was lost: {problem}", 3)
+    except (Problem, Unreachable, Lost) as error:
+        code = report(error)
     except KeyboardInterrupt:
         code = fail("interrupted", 130)
     except BrokenPipeError:
@@ -2522,6 +2512,13 @@ def drop_output(code: int) -> int:
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def report(error: Exception) -> int:
+    """Say what went wrong; the exit status."""
+    if isinstance(error, Problem):
+        return fail(error_words(vars(error)), 1)
+    return fail(f"the connection was lost: {error}" if isinstance(error, Lost) else str(error), 3)
 
 
 def fail(words: str, code: int) -> int:

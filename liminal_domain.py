@@ -40,26 +40,8 @@ from collections.abc import AsyncIterator
 import aiohttp
 from aiohttp import web
 
-from liminal import (
-    Call,
-    Database,
-    Decoder,
-    Metrics,
-    Problem,
-    Settings,
-    check_database,
-    check_event,
-    cut,
-    encode_json,
-    joined,
-    make_application,
-    now,
-    serve,
-    size,
-    stamp,
-    version,
-    write_private,
-)
+from liminal import Call, Database, Decoder, Metrics, Problem, Settings, check_database, check_event, cut, encode_json
+from liminal import joined, make_application, now, serve, size, stamp, version, write_private
 
 PING = 15  # seconds of silence after which the Edge gets an empty line
 LAG = 2.0  # seconds after which a running reply's text is stored even though the Edge has not brought it
@@ -75,196 +57,206 @@ BYTES_PER_TOKEN = 3  # the design's estimate, on the safe side for most language
 ANTHROPIC_MODEL, ANTHROPIC_MAX_TOKENS = "claude-sonnet-5-5", 16_000
 OPENAI_MODEL = "gpt-5.5"  # max_tokens is left to the provider
 DEMO_MODELS = ["guide", "load-200-50"]
-NDJSON = "application/x-ndjson"
+JSON_COLUMNS = {"models", "prices", "parts", "usage", "timing", "error"}
+NO_TIMING = dict.fromkeys(("provider_ttft_ms", "domain_ttft_ms", "edge_ttft_ms", "total_ms", "tokens_per_s"))
+COUNTS = ("input_tokens", "cached_tokens", "output_tokens")
+OUR_ERROR = "an error of our own; the Domain's log tells more"
 log = logging.getLogger("liminal.domain")
 
 
 ################ Statements on liminal.db: users, keys, sessions, threads, providers
-# A small synchronous function a statement, named after it; none touches both databases.
+# A statement is a small synchronous function of a connection and its values by name; none touches both databases.
+# Most are only their SQL: a `query` gives rows, a `change` the number of rows it changed, a `finder` the one row meant.
 
 
-def one_of(rows: list, what: str, ref: str):
-    """The one row that a path's id or prefix means; the same 404 for what is another's and what does not exist."""
-    if not rows or len(ref) < 4:
-        raise Problem("not_found", f"there is no {what} {ref[:64]!r}")
-    if len(rows) > 1:
-        raise Problem("invalid_request", f"{ref!r} means more than one {what}: give more characters")
-    return rows[0]
+def decoded(row) -> dict:
+    """A row as a dict, what its columns hold as JSON read."""
+    return {name: json.loads(row[name]) if row[name] and name in JSON_COLUMNS else row[name] for name in row.keys()}
 
 
-def insert_user(db, user: dict) -> dict:
-    try:
-        db.execute("insert into users (id, name, role, created_at) values (:id, :name, :role, :created_at)", user)
-    except sqlite3.IntegrityError:
-        raise Problem("conflict", f"there is a user {user['name']!r} already", field="name") from None
-    return pick(user, "id", "name", "role")
+def query(sql: str, shape=decoded):
+    return lambda db, values=(): [shape(row) for row in db.execute(sql, values)]
 
 
-def select_users(db) -> list[dict]:
-    return [dict(row) for row in db.execute("select id, name, role from users order by created_at, id")]
+def change(sql: str):
+    return lambda db, values: db.execute(sql, values).rowcount
 
 
-def find_user(db, ref: str) -> dict:
-    sql = "select id, name, role from users where id >= :ref and id < :ref || 'g' limit 2"
-    return dict(one_of(db.execute(sql, {"ref": ref}).fetchall(), "user", ref))
+def finder(what: str, sql: str, shape=decoded):
+    """The one row that an id or its prefix means; the same 404 for what is another's and what does not exist."""
 
+    def find(db, values: dict) -> dict:
+        rows, ref = query(sql, shape)(db, values), values[f"{what}_id"]
+        if not rows or len(ref) < 4:
+            raise Problem("not_found", f"there is no {what} {ref[:64]!r}")
+        if len(rows) > 1:
+            raise Problem("invalid_request", f"{ref!r} means more than one {what}: give more characters")
+        return rows[0]
 
-def remove_user(db, user_id: str) -> None:
-    db.execute("delete from users where id = :user_id", {"user_id": user_id})
-
-
-def insert_key(db, key: dict, hash: str) -> dict:
-    sql = """insert into api_keys (id, user_id, name, prefix, hash, created_at)
-             values (:id, :user_id, :name, :prefix, :hash, :created_at)"""
-    db.execute(sql, {**key, "hash": hash})
-    return key
-
-
-def select_keys(db, user_id: str | None) -> list[dict]:
-    """The keys of a user, or of all for None."""
-    sql = """select id, user_id, name, prefix, created_at, last_used_at from api_keys
-             where :user_id is null or user_id = :user_id order by created_at, id"""
-    return [dict(row) for row in db.execute(sql, {"user_id": user_id})]
-
-
-def remove_key(db, user_id: str | None, ref: str) -> dict:
-    """Delete a key (and, by the schema, its sessions); the last one of an owner stays, else nobody could come in."""
-    row = one_of([key for key in select_keys(db, user_id) if key["id"].startswith(ref)][:2], "key", ref)
-    owners = """select count(*) from api_keys join users on users.id = user_id where role = 'owner'"""
-    role = db.execute("select role from users where id = :id", {"id": row["user_id"]}).fetchone()["role"]
-    if role == "owner" and db.execute(owners).fetchone()[0] == 1:
-        raise Problem("conflict", "this is the owner's last key: make another one first")
-    db.execute("delete from api_keys where id = :id", {"id": row["id"]})
-    return row
-
-
-def touch_caller(db, hash: str, time: str) -> dict | None:
-    """Whose key or session this hash is: {"user", "key_id"}; notes that the key was used."""
-    sql = """select api_keys.id as key_id, users.id, users.name, role from api_keys join users on users.id = user_id
-             where hash = :hash or api_keys.id = (select key_id from sessions where hash = :hash and expires_at > :time)"""
-    row = db.execute(sql, {"hash": hash, "time": time}).fetchone()
-    if row is None:
-        return None
-    db.execute("update api_keys set last_used_at = :time where id = :key_id", {"time": time, "key_id": row["key_id"]})
-    return {"user": pick(row, "id", "name", "role"), "key_id": row["key_id"]}
-
-
-def insert_session(db, session: dict) -> None:
-    db.execute("delete from sessions where expires_at <= :created_at", session)
-    sql = "insert into sessions (hash, key_id, created_at, expires_at) values (:hash, :key_id, :created_at, :expires_at)"
-    db.execute(sql, session)
-
-
-def remove_session(db, hash: str) -> None:
-    db.execute("delete from sessions where hash = :hash", {"hash": hash})
-
-
-def insert_thread(db, thread: dict) -> None:
-    """`or ignore`: a repeated POST has the same derived id, and may find its thread made by the try that was lost."""
-    sql = """insert or ignore into threads
-             values (:id, :user_id, :title, :system, :model, :from_thread, :from_message, :created_at, :updated_at)"""
-    forked = thread.get("forked_from") or {}
-    db.execute(sql, {**thread, "from_thread": forked.get("thread_id"), "from_message": forked.get("message_id")})
-
-
-def find_thread(db, user_id: str, ref: str) -> dict:
-    sql = "select * from threads where id >= :ref and id < :ref || 'g' and user_id = :user_id limit 2"
-    return thread_of(one_of(db.execute(sql, {"ref": ref, "user_id": user_id}).fetchall(), "thread", ref))
-
-
-def thread_of(row) -> dict:
-    forked = row["forked_from_thread_id"] and {
-        "thread_id": row["forked_from_thread_id"],
-        "message_id": row["forked_from_message_id"],
-    }
-    return {**pick(row, "id", "title", "system", "model"), "forked_from": forked, **pick(row, "created_at", "updated_at")}
-
-
-def select_threads(db, user_id: str, limit: int, before: str | None) -> list[dict]:
-    """Newest first; `before`: only those behind this thread in the list."""
-    sql = """select * from threads where user_id = :user_id
-             and (:id is null or updated_at < :time or updated_at = :time and id > :id)
-             order by updated_at desc, id limit :limit"""
-    edge = find_thread(db, user_id, before) if before else {"id": None, "updated_at": None}
-    values = {"user_id": user_id, "id": edge["id"], "time": edge["updated_at"], "limit": limit}
-    return [thread_of(row) for row in db.execute(sql, values)]
-
-
-def change_thread(db, user_id: str, ref: str, fields: dict) -> dict:
-    thread = {**find_thread(db, user_id, ref), **fields}
-    db.execute("update threads set title = :title, system = :system, model = :model where id = :id", thread)
-    return thread
-
-
-def touch_thread(db, thread_id: str, time: str, title: str | None) -> None:
-    sql = "update threads set updated_at = max(updated_at, :time), title = coalesce(title, :title) where id = :id"
-    db.execute(sql, {"id": thread_id, "time": time, "title": title})
-
-
-def remove_thread(db, thread_id: str) -> None:
-    db.execute("delete from threads where id = :id", {"id": thread_id})
-
-
-def thread_ids(db, user_id: str | None = None) -> set[str]:
-    sql = "select id from threads where :user_id is null or user_id = :user_id"
-    return {row["id"] for row in db.execute(sql, {"user_id": user_id})}
-
-
-def replace_provider(db, provider: dict) -> None:
-    sql = """insert or replace into providers (name, kind, base_url, key_env, models, prices)
-             values (:name, :kind, :base_url, :key_env, :models, :prices)"""
-    db.execute(sql, {**provider, "models": encode_json(provider["models"]), "prices": encode_json(provider["prices"])})
-
-
-def remove_provider(db, name: str) -> int:
-    return db.execute("delete from providers where name = :name", {"name": name}).rowcount
-
-
-def select_providers(db) -> list[dict]:
-    rows = db.execute("select * from providers order by name")
-    return [{**dict(row), "models": json.loads(row["models"]), "prices": json.loads(row["prices"])} for row in rows]
+    return find
 
 
 def pick(row, *names) -> dict:
     return {name: row[name] for name in names}
 
 
+def thread_of(row) -> dict:
+    forked = {"thread_id": row["forked_from_thread_id"], "message_id": row["forked_from_message_id"]}
+    forked = forked if forked["thread_id"] else None
+    return {**pick(row, "id", "title", "system", "model", "created_at", "updated_at"), "forked_from": forked}
+
+
+select_users = query("select id, name, role from users order by created_at, id")
+find_user = finder("user", "select id, name, role from users where id >= :user_id and id < :user_id || 'g' limit 2")
+remove_user = change("delete from users where id = :id")
+insert_key = change("insert into api_keys values (:id, :user_id, :name, :prefix, :hash, :created_at, :last_used_at)")
+find_key = finder(
+    "key",
+    """select id, user_id, name, prefix, created_at, last_used_at from api_keys
+       where id >= :key_id and id < :key_id || 'g' and (:owner_id is null or user_id = :owner_id) limit 2""",
+)
+remove_session = change("delete from sessions where hash = :hash")
+insert_thread = change(  # `or ignore`: a repeated POST has the same derived id, and may find what its lost try has made
+    """insert or ignore into threads values (:id, :user_id, :title, :system, :model, :forked_from_thread_id,
+       :forked_from_message_id, :created_at, :updated_at)"""
+)
+find_thread = finder(
+    "thread",
+    "select * from threads where id >= :thread_id and id < :thread_id || 'g' and user_id = :user_id limit 2",
+    thread_of,
+)
+touch_thread = change(
+    "update threads set updated_at = max(updated_at, :time), title = coalesce(title, :title) where id = :id"
+)
+remove_thread = change("delete from threads where id = :id")
+thread_ids = query("select id from threads where :user_id is null or user_id = :user_id order by id")
+remove_provider = change("delete from providers where name = :name")
+select_providers = query("select * from providers order by name")
+
+
+def insert_user(db, user: dict) -> dict:
+    try:
+        db.execute("insert into users values (:id, :name, :role, :created_at)", user)
+    except sqlite3.IntegrityError:
+        raise Problem("conflict", f"there is a user {user['name']!r} already", field="name") from None
+    return pick(user, "id", "name", "role")
+
+
+def owner_of(db, values: dict) -> dict:
+    """Whose keys the caller may see: their own, or everyone's (None) for an owner."""
+    user = find_user(db, values)
+    return {**values, "owner_id": None if user["role"] == "owner" else user["id"]}
+
+
+def select_keys(db, values: dict) -> list[dict]:
+    sql = """select id, user_id, name, prefix, created_at, last_used_at from api_keys
+             where :owner_id is null or user_id = :owner_id order by created_at, id"""
+    return query(sql)(db, owner_of(db, values))
+
+
+def remove_key(db, values: dict) -> dict:
+    """Delete a key (and, by the schema, its sessions); the last one of an owner stays, else nobody could come in."""
+    key = find_key(db, owner_of(db, values))
+    owners = query("select api_keys.id from api_keys join users on users.id = user_id where role = 'owner' limit 2")
+    if owners(db) == [{"id": key["id"]}]:
+        raise Problem("conflict", "this is the owner's last key: make another one first")
+    db.execute("delete from api_keys where id = :id", key)
+    return key
+
+
+def touch_caller(db, values: dict) -> dict:
+    """Whose key or session this `hash` is: {"user", "key_id"}; notes that the key was used."""
+    sql = """select api_keys.id as key_id, users.id, users.name, role from api_keys join users on users.id = user_id
+             where hash = :hash or api_keys.id =
+             (select key_id from sessions where hash = :hash and expires_at > :time)"""
+    found = query(sql)(db, values)
+    if not found:
+        raise Problem("unauthorized", "this key is not known, or was revoked")
+    db.execute("update api_keys set last_used_at = :time where id = :key_id", {**values, **found[0]})
+    return {"user": pick(found[0], "id", "name", "role"), "key_id": found[0]["key_id"]}
+
+
+def insert_session(db, session: dict) -> None:
+    db.execute("delete from sessions where expires_at <= :time", session)
+    db.execute("insert into sessions values (:hash, :key_id, :time, :expires_at)", session)
+
+
+def select_threads(db, values: dict) -> list[dict]:
+    """Newest first; `before`: only those behind this thread in the list."""
+    sql = """select * from threads where user_id = :user_id
+             and (:id is null or updated_at < :updated_at or updated_at = :updated_at and id > :id)
+             order by updated_at desc, id limit :limit"""
+    none = {"id": None, "updated_at": None}
+    edge = find_thread(db, {**values, "thread_id": values["before"]}) if values["before"] else none
+    return query(sql, thread_of)(db, {**values, **edge})
+
+
+def change_thread(db, values: dict) -> dict:
+    thread = find_thread(db, values)
+    thread |= {name: values[name] for name in ("title", "system", "model") if name in values}
+    db.execute("update threads set title = :title, system = :system, model = :model where id = :id", thread)
+    return thread
+
+
+def replace_provider(db, provider: dict) -> None:
+    sql = "insert or replace into providers values (:name, :kind, :base_url, :key_env, :models, :prices)"
+    db.execute(sql, {**provider, "models": encode_json(provider["models"]), "prices": encode_json(provider["prices"])})
+
+
 ################ Statements on messages.db: messages, chunks, reactions, idempotency keys
 # A message's text is never rewritten: each stored bundle is a row of its own, read together in the order of positions.
 
+find_message = finder(  # user None is the Edge itself
+    "message",
+    """select * from messages where id >= :message_id and id < :message_id || 'g'
+       and (:user_id is null or user_id = :user_id) limit 2""",
+)
+find_idempotency_key = query(
+    "select request_hash, message_id from idempotency_keys where user_id = :user_id and key = :key"
+)
+remove_user_keys = change("delete from idempotency_keys where user_id = :id")
+newest_finished = query(  # where a message hangs when it names no parent
+    """select id from messages where thread_id = :thread_id and status in ('complete', 'cancelled', 'error')
+       order by number desc limit 1"""
+)
+message_threads = query("select distinct thread_id from messages")
+interrupt_unfinished = change(  # nothing runs when the Domain starts: what still says so was cut off by its end
+    """update messages set status = 'error', error = :error, completed_at = :time
+       where status in ('pending', 'streaming')"""
+)
+sum_models = query(  # tokens and cost of a user's replies by model
+    """select model, count(*) as runs, sum(status = 'error') as errors,
+       sum(coalesce(json_extract(usage, '$.input_tokens'), 0)) as input_tokens,
+       sum(coalesce(json_extract(usage, '$.cached_tokens'), 0)) as cached_tokens,
+       sum(coalesce(json_extract(usage, '$.output_tokens'), 0)) as output_tokens,
+       sum(json_extract(usage, '$.cost')) as cost
+       from messages where user_id = :user_id and role = 'assistant' group by model order by runs desc, model"""
+)
 
-def insert_exchange(db, messages: list[dict], texts: dict[str, list], key: dict) -> None:
+
+def insert_exchange(db, messages: list[dict], parts: list[dict], key: dict) -> None:
     """A user's message (where it is new), its reply's row and the Idempotency-Key, in one transaction."""
-    number = "select coalesce(max(number), 0) + 1 from messages where thread_id = :thread_id"
+    sql = """insert into messages (id, thread_id, user_id, number, parent_id, role, model, status, created_at,
+             completed_at) select :id, :thread_id, :user_id, coalesce(max(number), 0) + 1, :parent_id, :role, :model,
+             :status, :created_at, :completed_at from messages where thread_id = :thread_id"""
     for message in messages:
-        message = {**message, "number": db.execute(number, message).fetchone()[0]}
-        sql = """insert into messages (id, thread_id, user_id, number, parent_id, role, model, status, created_at, completed_at)
-                 values (:id, :thread_id, :user_id, :number, :parent_id, :role, :model, :status, :created_at, :completed_at)"""
         db.execute(sql, message)
-        if message["id"] in texts:
-            append_parts(db, message["id"], 0, texts[message["id"]])
+        if message["role"] == "user":
+            append_parts(db, message["id"], 0, parts)
             index_text(db, message["id"])
-    sql = """insert into idempotency_keys (user_id, key, request_hash, message_id, created_at)
-             values (:user_id, :key, :request_hash, :message_id, :created_at)"""
-    db.execute(sql, key)
-
-
-def find_idempotency_key(db, user_id: str, key: str):
-    sql = "select request_hash, message_id from idempotency_keys where user_id = :user_id and key = :key"
-    return db.execute(sql, {"user_id": user_id, "key": key}).fetchone()
+    db.execute("insert into idempotency_keys values (:user_id, :key, :request_hash, :message_id, :created_at)", key)
 
 
 def append_parts(db, message_id: str, position: int, parts: list[dict]) -> int:
     """Append the parts, which begin at `position`, to what is stored: the overlap is cut off, a hole is refused.
     Returns the position now stored."""
-    sql = "select position from messages where id = :id"
-    stored = db.execute(sql, {"id": message_id}).fetchone()["position"]
+    row = db.execute("select position from messages where id = :id", {"id": message_id}).fetchone()
+    stored = row["position"]
     new = cut(parts, stored - position) if position <= stored else []
     for piece in pieces_of(new, stored):
         stored = piece["position"]
-        sql = "insert into chunks (message_id, position, parts) values (:id, :position, :parts)"
-        db.execute(sql, {"id": message_id, **piece})
-    sql = """update messages set position = :stored, status = iif(status = 'pending', 'streaming', status) where id = :id"""
+        db.execute("insert into chunks values (:id, :position, :parts)", {"id": message_id, **piece})
+    sql = "update messages set position = :stored, status = iif(status = 'pending', 'streaming', status) where id = :id"
     if new:
         db.execute(sql, {"id": message_id, "stored": stored})
     return stored
@@ -273,38 +265,42 @@ def append_parts(db, message_id: str, position: int, parts: list[dict]) -> int:
 def pieces_of(parts: list[dict], position: int):
     """The parts as rows of chunks, each of a bounded size."""
     while parts:
-        length, some = 0, []
-        for part in parts:
-            some.append(part)
-            length += size(part)
-            if length >= CHUNK:
-                break
-        if length > CHUNK:
-            some[-1] = {**some[-1], "text": some[-1]["text"][: CHUNK - length]}
-            length = CHUNK
+        some = first_positions(parts, CHUNK)
+        length = sum(map(size, some))
         parts, position = cut(parts, length), position + length
         yield {"position": position, "parts": encode_json(joined(some))}
+
+
+def first_positions(events: list[dict], count: int) -> list[dict]:
+    """The events up to their `count`-th position."""
+    made = []
+    for event in events:
+        if count <= 0:
+            break
+        made.append({**event, "text": event["text"][:count]} if size(event) > count else event)
+        count -= size(event)
+    return made
 
 
 def lengthen(db, bundles: list[dict]) -> dict:
     """Store a batch of bundles; {message_id: the position now stored, or "gone"}. Only a message that is still running
     or was interrupted grows: a finished one keeps what its end said."""
     stored = {}
+    find = "select position, status, json_extract(error, '$.code') as code from messages where id = :message_id"
+    first = """update messages set timing = json_insert(coalesce(timing, '{}'), '$.edge_ttft_ms', :edge_ttft_ms)
+               where id = :message_id"""
     for bundle in bundles:
-        sql = "select position, status, json_extract(error, '$.code') as code from messages where id = :message_id"
-        row = db.execute(sql, bundle).fetchone()
+        message_id, row = bundle["message_id"], db.execute(find, bundle).fetchone()
         if row is None:
-            stored[bundle["message_id"]] = "gone"
-        elif row["status"] in ("pending", "streaming") or row["code"] == "interrupted":
-            stored[bundle["message_id"]] = append_parts(db, bundle["message_id"], bundle["position"], bundle["parts"])
-            if row["code"] == "interrupted":
-                index_text(db, bundle["message_id"])
-        else:
-            stored[bundle["message_id"]] = row["position"]
-        if row and "edge_ttft_ms" in bundle:
-            sql = """update messages set timing = json_insert(coalesce(timing, '{}'), '$.edge_ttft_ms', :edge_ttft_ms)
-                     where id = :message_id"""
-            db.execute(sql, bundle)
+            stored[message_id] = "gone"
+            continue
+        stored[message_id], interrupted = row["position"], row["code"] == "interrupted"
+        if interrupted or row["status"] in ("pending", "streaming"):
+            stored[message_id] = append_parts(db, message_id, bundle["position"], bundle["parts"])
+        if interrupted:
+            index_text(db, message_id)
+        if "edge_ttft_ms" in bundle:
+            db.execute(first, bundle)
     return stored
 
 
@@ -314,157 +310,114 @@ def finish_message(db, message_id: str, position: int, parts: list[dict], done: 
     sql = """update messages set status = :status, stop_reason = :stop_reason, usage = :usage, error = :error,
              timing = json_patch(coalesce(timing, '{}'), :timing), completed_at = :completed_at where id = :id"""
     columns = {name: done[name] and encode_json(done[name]) for name in ("usage", "timing", "error")}
-    db.execute(sql, {"id": message_id, **pick(done, "status", "stop_reason"), **columns, "completed_at": now()})
+    db.execute(sql, {"id": message_id, **done, **columns, "completed_at": now()})
     index_text(db, message_id)
-
-
-def interrupt_unfinished(db, error: dict) -> int:
-    """Nothing runs when the Domain starts: what still says so was cut off by its end."""
-    sql = """update messages set status = 'error', error = :error, completed_at = :time
-             where status in ('pending', 'streaming')"""
-    return db.execute(sql, {"error": encode_json(error), "time": now()}).rowcount
-
-
-def sum_models(db, user_id: str) -> list[dict]:
-    """Tokens and cost of a user's replies by model."""
-    sql = """select model, count(*) as runs, sum(status = 'error') as errors,
-             sum(coalesce(json_extract(usage, '$.input_tokens'), 0)) as input_tokens,
-             sum(coalesce(json_extract(usage, '$.cached_tokens'), 0)) as cached_tokens,
-             sum(coalesce(json_extract(usage, '$.output_tokens'), 0)) as output_tokens,
-             sum(json_extract(usage, '$.cost')) as cost
-             from messages where user_id = :user_id and role = 'assistant' group by model order by runs desc, model"""
-    return [dict(row) for row in db.execute(sql, {"user_id": user_id})]
 
 
 def index_text(db, message_id: str) -> None:
     """Make a finished message's text searchable, once more where it has grown."""
-    row = db.execute("select seq, user_id from messages where id = :id", {"id": message_id}).fetchone()
-    parts = [part for page in read_chunks(db, message_id, 0, -1) for part in page if part["type"] == "text"]
-    db.execute("delete from message_texts where rowid = :seq", {"seq": row["seq"]})
-    sql = "insert into message_texts (rowid, content) values (:seq, :content)"
-    db.execute(sql, {"seq": row["seq"], "content": "".join(part["text"] for part in parts)})
+    row = db.execute("select seq from messages where id = :id", {"id": message_id}).fetchone()
+    values = {"seq": row["seq"], "content": text_of(read_parts(db, message_id))}
+    db.execute("delete from message_texts where rowid = :seq", values)
+    db.execute("insert into message_texts (rowid, content) values (:seq, :content)", values)
 
 
-def search_texts(db, user_id: str, query: str, limit: int) -> list[dict]:
-    """A user's messages that hold all the words, best first. Each word is quoted, so that no input is a syntax error."""
-    words = " ".join('"' + word.replace('"', '""') + '"' for word in query.replace("\0", " ").split())
-    if not words:
-        return []
-    sql = """select id as message_id, thread_id, role, created_at, snippet(message_texts, 0, char(2), char(3), ' … ', 24) as snippet
+def text_of(parts: list[dict]) -> str:
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def search_texts(db, values: dict) -> list[dict]:
+    """A user's messages that hold all the words, best first. Words are quoted, so that no input is a syntax error."""
+    words = " ".join('"' + word.replace('"', '""') + '"' for word in values["q"].replace("\0", " ").split())
+    sql = """select id as message_id, thread_id, role, created_at,
+             snippet(message_texts, 0, char(2), char(3), ' … ', 24) as snippet
              from message_texts join messages on messages.seq = message_texts.rowid
              where message_texts match :words and user_id = :user_id order by rank limit :limit"""
-    return [dict(row) for row in db.execute(sql, {"words": words, "user_id": user_id, "limit": limit})]
+    return query(sql)(db, {**values, "words": words}) if words else []
 
 
-def find_message(db, user_id: str | None, ref: str):
-    """A message's row; user None is the Edge itself."""
-    sql = """select * from messages where id >= :ref and id < :ref || 'g' and (:user_id is null or user_id = :user_id) limit 2"""
-    return one_of(db.execute(sql, {"ref": ref, "user_id": user_id}).fetchall(), "message", ref)
+def read_message(db, values: dict) -> dict:
+    return message_of(db, find_message(db, values), values["user_id"])
 
 
-def read_message(db, user_id: str, ref: str) -> dict:
-    return message_of(db, find_message(db, user_id, ref), user_id)
-
-
-def message_of(db, row, user_id: str) -> dict:
+def message_of(db, row: dict, user_id: str) -> dict:
     """A message as the API gives it."""
-    parts = joined([part for page in read_chunks(db, row["id"], 0, -1) for part in page])
-    usage, timing, error = (row[name] and json.loads(row[name]) for name in ("usage", "timing", "error"))
-    return {
-        **pick(row, "id", "thread_id", "number", "parent_id", "role", "speaker", "model", "status"),
-        "content": "".join(part["text"] for part in parts if part["type"] == "text"),
-        "parts": parts,
-        **pick(row, "position", "stop_reason"),
-        "usage": usage,
-        "timing": timing and {**NO_TIMING, **timing},
-        "error": error,
-        "reactions": select_reactions(db, row["id"], user_id),
-        **pick(row, "created_at", "completed_at"),
-    }
-
-
-NO_TIMING = dict.fromkeys(("provider_ttft_ms", "domain_ttft_ms", "edge_ttft_ms", "total_ms", "tokens_per_s"))
+    parts = read_parts(db, row["id"])
+    shown = {name: row[name] for name in row if name not in ("seq", "user_id")}
+    reactions = select_reactions(db, {"message_id": row["id"], "user_id": user_id})
+    timing = row["timing"] and {**NO_TIMING, **row["timing"]}
+    return {**shown, "content": text_of(parts), "parts": parts, "timing": timing, "reactions": reactions}
 
 
 def read_chunks(db, message_id: str, after: int, limit: int) -> list[list[dict]]:
     """The parts of a message strictly after a position, as they were stored, from at most `limit` rows (-1: all)."""
-    sql = """select position, parts from chunks where message_id = :id and position > :after order by position limit :limit"""
+    sql = """select position, parts from chunks where message_id = :id and position > :after
+             order by position limit :limit"""
     pages = []
-    for row in db.execute(sql, {"id": message_id, "after": after, "limit": limit}):
-        parts = json.loads(row["parts"])
-        begun = row["position"] - sum(map(size, parts))
-        pages.append(cut(parts, after - begun) if begun < after else parts)
+    for row in query(sql)(db, {"id": message_id, "after": after, "limit": limit}):
+        begun = row["position"] - sum(map(size, row["parts"]))
+        pages.append(cut(row["parts"], after - begun) if begun < after else row["parts"])
     return pages
 
 
-def select_messages(db, user_id: str, thread_id: str, after: int, limit: int) -> list[dict]:
-    sql = "select * from messages where thread_id = :thread_id and number > :after order by number limit :limit"
-    rows = db.execute(sql, {"thread_id": thread_id, "after": after, "limit": limit}).fetchall()
-    return [message_of(db, row, user_id) for row in rows]
+def read_parts(db, message_id: str) -> list[dict]:
+    return joined(list(itertools.chain(*read_chunks(db, message_id, 0, -1))))
+
+
+def select_messages(db, values: dict) -> list[dict]:
+    sql = """select * from messages where thread_id = :thread_id and number > coalesce(:after, 0)
+             order by number limit :limit"""
+    return [message_of(db, row, values["user_id"]) for row in query(sql)(db, values)]
 
 
 def copy_way(db, message_id: str, thread_id: str) -> None:
     """Copy the messages from the root to this one into another thread, with their parts and new ids."""
-    way, names = [], ("role", "speaker", "model", "status", "position", "stop_reason", "usage", "timing", "error")
-    while message_id:
-        way.insert(0, db.execute("select * from messages where id = :id", {"id": message_id}).fetchone())
-        message_id = way[0]["parent_id"]
+    sql = """insert or ignore into messages (id, thread_id, number, parent_id, user_id, role, speaker, model, status,
+             position, stop_reason, usage, timing, error, created_at, completed_at) select :copy, :thread_id, :number,
+             :parent_id, user_id, role, speaker, model, status, position, stop_reason, usage, timing, error, created_at,
+             completed_at from messages where id = :id"""
+    parts_sql = "insert or ignore into chunks select :copy, position, parts from chunks where message_id = :id"
     parent = None
-    for number, row in enumerate(way, 1):
+    for number, row in enumerate(reversed(list(rows_up(db, message_id))), 1):
         copy = str(uuid.uuid5(uuid.UUID(thread_id), row["id"]))
-        sql = """insert or ignore into messages (id, thread_id, user_id, number, parent_id, role, speaker, model, status, position,
-                 stop_reason, usage, timing, error, created_at, completed_at) values (:id, :thread_id, :user_id, :number, :parent_id,
-                 :role, :speaker, :model, :status, :position, :stop_reason, :usage, :timing, :error, :created_at, :completed_at)"""
-        kept = pick(row, *names, "user_id", "created_at", "completed_at")
-        db.execute(sql, {**kept, "id": copy, "thread_id": thread_id, "number": number, "parent_id": parent})
-        sql = "insert or ignore into chunks select :copy, position, parts from chunks where message_id = :id"
-        db.execute(sql, {"copy": copy, "id": row["id"]})
+        values = {"id": row["id"], "copy": copy, "thread_id": thread_id, "number": number, "parent_id": parent}
+        db.execute(sql, values)
+        db.execute(parts_sql, values)
         index_text(db, copy)
         parent = copy
 
 
-def newest_finished(db, thread_id: str) -> str | None:
-    """Where a message hangs when it names no parent."""
-    sql = """select id from messages where thread_id = :thread_id and status in ('complete', 'cancelled', 'error')
-             order by number desc limit 1"""
-    row = db.execute(sql, {"thread_id": thread_id}).fetchone()
-    return row and row["id"]
+def rows_up(db, message_id: str | None):
+    """The messages from this one up to the root."""
+    while message_id:
+        yield (row := db.execute("select * from messages where id = :id", {"id": message_id}).fetchone())
+        message_id = row["parent_id"]
 
 
 def remove_messages(db, threads: list[str]) -> None:
+    values = [{"id": thread} for thread in threads]
     sql = "delete from message_texts where rowid in (select seq from messages where thread_id = :id)"
-    db.executemany(sql, [{"id": thread} for thread in threads])
-    db.executemany("delete from messages where thread_id = :id", [{"id": thread} for thread in threads])
+    db.executemany(sql, values)
+    db.executemany("delete from messages where thread_id = :id", values)
 
 
-def message_threads(db) -> set[str]:
-    return {row["thread_id"] for row in db.execute("select distinct thread_id from messages")}
+def insert_reaction(db, values: dict) -> list[dict]:
+    values = {**values, "message_id": find_message(db, values)["id"]}
+    db.execute("insert or ignore into message_reactions values (:message_id, :user_id, :emoji, :time)", values)
+    return select_reactions(db, values)
 
 
-def remove_user_keys(db, user_id: str) -> None:
-    db.execute("delete from idempotency_keys where user_id = :user_id", {"user_id": user_id})
-
-
-def insert_reaction(db, user_id: str, ref: str, emoji: str) -> list[dict]:
-    row = find_message(db, user_id, ref)
-    sql = """insert or ignore into message_reactions (message_id, user_id, emoji, created_at)
-             values (:message_id, :user_id, :emoji, :time)"""
-    db.execute(sql, {"message_id": row["id"], "user_id": user_id, "emoji": emoji, "time": now()})
-    return select_reactions(db, row["id"], user_id)
-
-
-def delete_reaction(db, user_id: str, ref: str, emoji: str) -> list[dict]:
-    row = find_message(db, user_id, ref)
+def delete_reaction(db, values: dict) -> list[dict]:
+    values = {**values, "message_id": find_message(db, values)["id"]}
     sql = "delete from message_reactions where message_id = :message_id and user_id = :user_id and emoji = :emoji"
-    db.execute(sql, {"message_id": row["id"], "user_id": user_id, "emoji": emoji})
-    return select_reactions(db, row["id"], user_id)
+    db.execute(sql, values)
+    return select_reactions(db, values)
 
 
-def select_reactions(db, message_id: str, user_id: str) -> list[dict]:
+def select_reactions(db, values: dict) -> list[dict]:
     sql = """select emoji, count(*) as count, max(user_id = :user_id) as mine from message_reactions
              where message_id = :message_id group by emoji order by min(created_at), emoji"""
-    rows = db.execute(sql, {"message_id": message_id, "user_id": user_id})
-    return [{"emoji": row["emoji"], "count": row["count"], "userReacted": bool(row["mine"])} for row in rows]
+    return [{**pick(row, "emoji", "count"), "userReacted": bool(row["mine"])} for row in db.execute(sql, values)]
 
 
 ################ The prompt
@@ -480,12 +433,12 @@ def read_prompt(db, message_id: str | None, newest: list[dict], system: str | No
     for role, parts in itertools.chain([("user", newest)] if newest else [], way_up(db, message_id)):
         turn.insert(0, {"role": role, "parts": parts})
         if role == "user":  # it began the turn
-            used += sum(part_tokens(part) for message in turn for part in message["parts"])
+            used += prompt_tokens(turn)
             if used > budget and turns:
                 break
             if used > budget:
-                words = f"the message and the system text are about {used} tokens, the limit is {budget} (LIMINAL_CONTEXT)"
-                raise Problem("too_large", words, field="content")
+                words = f"the message and the system text are about {used} tokens, the limit is {budget}"
+                raise Problem("too_large", f"{words} (LIMINAL_CONTEXT)", field="content")
             turns, turn = [turn, *turns], []
     return join_neighbours([message for turn in turns for message in turn])
 
@@ -493,31 +446,29 @@ def read_prompt(db, message_id: str | None, newest: list[dict], system: str | No
 def way_up(db, message_id: str | None):
     """(role, parts) of each message from here up to the root. Beside a reply on the way stand, by number, the newest
     finished ones of the other speakers: a retry replaces, a roundtable adds."""
-    while message_id:
-        row = db.execute("select * from messages where id = :id", {"id": message_id}).fetchone()
-        beside = """select * from messages as one where parent_id = :parent_id and role = 'assistant'
-                    and speaker is not :speaker and status in ('complete', 'cancelled', 'error')
-                    and not exists (select 1 from messages as newer where newer.parent_id = :parent_id
-                    and newer.speaker is one.speaker and newer.number > one.number
-                    and newer.status in ('complete', 'cancelled', 'error'))"""
+    beside = """select * from messages as one where parent_id = :parent_id and role = 'assistant'
+                and speaker is not :speaker and status in ('complete', 'cancelled', 'error')
+                and not exists (select 1 from messages as newer where newer.parent_id = :parent_id
+                and newer.speaker is one.speaker and newer.number > one.number
+                and newer.status in ('complete', 'cancelled', 'error'))"""
+    for row in rows_up(db, message_id):
         rows = [row, *db.execute(beside, dict(row))] if row["role"] == "assistant" else [row]
         for one in sorted(rows, key=lambda row: -row["number"]):
-            parts = [part for page in read_chunks(db, one["id"], 0, -1) for part in page]
+            parts = read_parts(db, one["id"])
             yield one["role"], answered(joined([part for part in parts if part["type"] != "thinking"]))
-        message_id = row["parent_id"]
 
 
 def answered(parts: list[dict]) -> list[dict]:
     """The parts with a result for each call: a provider takes no call without one."""
     results = {part["tool_call_id"] for part in parts if part["type"] == "tool_result"}
-    made = []
-    for place, part in enumerate(parts):
+    made, open_calls = [], []
+    for part, following in itertools.zip_longest(parts, parts[1:]):
         made.append(part)
-        following = parts[place + 1]["type"] if place + 1 < len(parts) else None
-        if part["type"] == "tool_call" and following != "tool_call":
-            calls = [call for call in made if call["type"] == "tool_call" and call["tool_call_id"] not in results]
-            results |= {call["tool_call_id"] for call in calls}
-            made += [{**pick(call, "tool_call_id", "name"), **CANCELLED_CALL} for call in calls]
+        if part["type"] == "tool_call" and part["tool_call_id"] not in results:
+            open_calls.append({**CANCELLED_CALL, **pick(part, "tool_call_id", "name")})
+        if following is None or following["type"] != "tool_call":
+            results |= {call["tool_call_id"] for call in open_calls}
+            made, open_calls = made + open_calls, []
     return made
 
 
@@ -526,13 +477,8 @@ CANCELLED_CALL = {"type": "tool_result", "text": "cancelled", "is_error": True}
 
 def join_neighbours(messages: list[dict]) -> list[dict]:
     """Without empty replies, and with neighbours of one role as one message: providers want the roles to alternate."""
-    made = []
-    for message in messages:
-        if message["parts"] and made and made[-1]["role"] == message["role"]:
-            made[-1] = {"role": message["role"], "parts": made[-1]["parts"] + message["parts"]}
-        elif message["parts"]:
-            made.append(message)
-    return made
+    groups = itertools.groupby([one for one in messages if one["parts"]], key=lambda one: one["role"])
+    return [{"role": role, "parts": [part for one in group for part in one["parts"]]} for role, group in groups]
 
 
 def tokens_of(text: str) -> int:
@@ -543,25 +489,26 @@ def part_tokens(part: dict) -> int:
     return tokens_of(part.get("text") or encode_json(part.get("arguments", "")))
 
 
+def prompt_tokens(messages: list[dict]) -> int:
+    return sum(part_tokens(part) for message in messages for part in message["parts"])
+
+
 def in_steps(parts: list[dict]):
     """A reply's parts as the steps that providers know: (what the model said and called, the results that it got)."""
-    said, results = [], []
-    for part in parts:
-        if part["type"] == "tool_result":
-            results.append(part)
-            continue
-        if results:
-            yield said, results
-            said, results = [], []
-        said.append(part)
-    if said or results:
-        yield said, results
+    said = []
+    for are_results, group in itertools.groupby(parts, key=lambda part: part["type"] == "tool_result"):
+        group = list(group)
+        if are_results:
+            yield said, group
+        said = [] if are_results else group
+    if said:
+        yield said, []
 
 
 ################ Providers
-# One async generator a provider, all yielding the same: lists of events, one list for each read, so that nothing is done
-# per token that can be done per read. Beside the events of the contract they yield `usage` (what is known so far) and, last,
-# `end` {stop_reason, blocks}: without it a stream is cut off, however clean its connection ended.
+# One async generator a provider, all yielding lists of events, one for each read: nothing is done per token that can be
+# done per read. Beside the events of the contract they yield `usage` (what is known so far) and, last, `end`
+# {stop_reason, blocks}: without it a stream is cut off, however clean its connection ended.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -578,14 +525,20 @@ class Provider:
     built_in: bool = True
 
     @property
+    def official(self) -> bool:
+        return self.base_url == Settings.openai_base_url
+
+    @property
     def missing(self) -> str | None:
         """Why it cannot be used, and what to do."""
-        if self.kind == "anthropic" or self.name == "openai" and self.base_url == Settings.openai_base_url:
-            if not self.key:
-                return f"{self.key_env} is not set: `liminal providers key {self.name}` asks for it"
-        if self.key_env and not self.key and not self.built_in:
-            return f"{self.key_env} is not set: `liminal providers key {self.name}` asks for it"
-        return None
+        own = self.key_env and not self.built_in
+        needed = own or self.kind == "anthropic" or self.name == "openai" and self.official
+        words = f"{self.key_env} is not set: `liminal providers key {self.name}` asks for it"
+        return words if needed and not self.key else None
+
+    @property
+    def bearer(self) -> dict:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def hide(self, text: str) -> str:
         return text.replace(self.key, "(key)") if self.key else text
@@ -598,15 +551,14 @@ def all_providers(settings: Settings, rows: list[dict]) -> dict[str, Provider]:
     ollama += "" if urllib.parse.urlsplit(ollama).port else ":11434"
     anthropic = settings.anthropic_base_url.rstrip("/"), "ANTHROPIC_API_KEY", settings.anthropic_api_key
     openai = settings.openai_base_url.rstrip("/"), "OPENAI_API_KEY", settings.openai_api_key
-    official = openai[0] == Settings.openai_base_url
+    own = []
+    for row in rows:
+        row = {**row, "base_url": (row["base_url"] or "").rstrip("/"), "built_in": False}
+        own.append(Provider(**row, key=settings.values.get(row["key_env"] or "", "")))
     made = [
         Provider("anthropic", "anthropic", *anthropic, [ANTHROPIC_MODEL], {}),
-        Provider("openai", "openai", *openai, [OPENAI_MODEL] if official else [], {}),
-    ]
-    for row in rows:
-        key = settings.values.get(row["key_env"] or "", "")
-        made.append(Provider(**{**row, "base_url": (row["base_url"] or "").rstrip("/")}, key=key, built_in=False))
-    made += [
+        Provider("openai", "openai", *openai, [OPENAI_MODEL] if openai[0] == Settings.openai_base_url else [], {}),
+        *own,
         Provider("ollama", "openai", ollama + "/v1", None, "", [], {}),
         Provider("demo", "demo", None, None, "", DEMO_MODELS, {}),
     ]
@@ -614,14 +566,13 @@ def all_providers(settings: Settings, rows: list[dict]) -> dict[str, Provider]:
 
 
 async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]:
-    """One round of a reply: what its provider sends, as lists of events. A provider that is overloaded is called again, with
+    """One round of a reply: what its provider sends, as lists of events. An overloaded provider is called again, with
     jitter and no sooner than it asked for, as long as nothing has come. Problem where it fails."""
-    provider = reply.provider
+    provider, begun = reply.provider, reply.position
     for attempt in itertools.count(1):
         for name in NEEDS.get(provider.kind, ()):
             await import_later(name)
         reply.expect(domain.first_byte)
-        begun = reply.position
         try:
             async with contextlib.aclosing(READERS[provider.kind](domain, provider, reply.request)) as reader:
                 async for events in reader:
@@ -629,9 +580,11 @@ async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]
                     yield events
             return
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            words = f"{provider.name} broke off in mid-answer ({plain_error(error)}): retry"
+            words, address = plain_error(error), f"{provider.name} at {provider.base_url}"
             if reply.position == begun:
-                words = f"cannot reach {provider.name} at {provider.base_url} ({plain_error(error)}): does it run there?"
+                words = f"cannot reach {address} ({words}): does it run there?"
+            else:
+                words = f"{provider.name} broke off in mid-answer ({words}): retry"
             raise Problem("provider_error", provider.hide(words)) from error
         except Problem as problem:
             asked = problem.retry_after or 0
@@ -645,37 +598,42 @@ async def read_provider(domain: Domain, reply: Run) -> AsyncIterator[list[dict]]
         await asyncio.sleep(wait)
 
 
-def provider_problem(provider: Provider, status: int, text: str, retry_after: str | None = None, kind: str = "") -> Problem:
+FAULTS = [  # the statuses and error types of both formats that mean the same, our code for them, what to do
+    ({401, 403, "authentication_error", "permission_error"}, "provider_auth", " (is {} right?)"),
+    ({404, "not_found_error"}, "unknown_model", " (`liminal models` lists what there is)"),
+    ({429, "rate_limit_error"}, "rate_limited", ""),
+    ({503, 529, "overloaded_error"}, "provider_overloaded", ""),
+    ({413, "request_too_large"}, "too_large", ""),
+    ({408, 504, "timeout_error"}, "provider_timeout", ""),
+]
+
+
+def provider_problem(provider: Provider, status: int, kind: str, text: str, retry_after: str | None = None) -> Problem:
     """What a provider's error status (or an error inside its stream) means, in its own words."""
     text = valid(provider.hide(text.strip())[:500]) or f"status {status}"
-    seconds, words = seconds_of(retry_after), f"{provider.name}: {text}"
-    if status in (401, 403) or kind in ("authentication_error", "permission_error"):
-        return Problem("provider_auth", f"{words} (is {provider.key_env or 'its key'} right?)")
-    if status == 404 or kind == "not_found_error":
-        return Problem("unknown_model", f"{words} (`liminal models` lists what there is)")
-    if status == 429 or kind == "rate_limit_error":
-        return Problem("rate_limited", words, seconds)
-    if status in (503, 529) or kind == "overloaded_error":
-        return Problem("provider_overloaded", words, seconds)
-    if status == 413 or kind == "request_too_large":
-        return Problem("too_large", words)
-    if status in (408, 504) or kind == "timeout_error":
-        return Problem("provider_timeout", words)
-    return Problem("provider_error", words)
+    known = ((code, advice) for signs, code, advice in FAULTS if signs & {status, kind})
+    code, advice = next(known, ("provider_error", ""))
+    words = f"{provider.name}: {text}" + advice.format(provider.key_env or "its key")
+    return Problem(code, words, seconds_of(retry_after))
+
+
+def stream_problem(provider: Provider, sent: dict) -> Problem:
+    """What an error inside a stream means; some servers put it into `error`, some send it bare, or as text."""
+    error = sent.get("error") or sent
+    error = error if isinstance(error, dict) else {"message": error}
+    code = str(error.get("code"))
+    kind, text = str(error.get("type", "")), str(error.get("message", ""))
+    return provider_problem(provider, int(code) if code.isdigit() else 0, kind, text)
 
 
 def seconds_of(retry_after: str | None) -> float | None:
     """A Retry-After header, a number of seconds or a date, as seconds from now."""
     if not retry_after:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
+    with contextlib.suppress(ValueError):
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None
 
 
 def error_words(body: bytes | str) -> tuple[str, str]:
@@ -692,37 +650,35 @@ def error_words(body: bytes | str) -> tuple[str, str]:
 
 
 def take_frames(provider: Provider, decoder: Decoder, data: bytes, take) -> tuple[list[dict], Problem | None]:
-    """(events, what was wrong) of one read. `take(name, value, events)` sees each frame; what stood before a bad one counts."""
-    events = []
+    """(events, what was wrong) of one read. `take(name, value, events)` sees each frame; what came before a bad one
+    counts."""
+    events, words = [], "sent a frame that is not a JSON object"
     try:
         for name, text, _ in decoder.feed(data):
-            take(name, text if text == "[DONE]" else frame(provider, text), events)
+            take(name, text if text == "[DONE]" else object_of(provider, text, json.loads, words), events)
     except Problem as problem:
         return events, problem
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        return events, Problem("provider_error", f"{provider.name} sent a malformed frame ({provider.hide(repr(error))[:100]})")
+        words = f"{provider.name} sent a malformed frame ({provider.hide(repr(error))[:100]})"
+        return events, Problem("provider_error", words)
     return events, None
 
 
-def frame(provider: Provider, data: str) -> dict:
+def object_of(provider: Provider, text: str, parse, words: str) -> dict:
     try:
-        value = json.loads(data)
+        value = parse(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise Problem("provider_error", f"{provider.name} sent a frame that is not a JSON object: {provider.hide(data)[:100]!r}")
+        raise Problem("provider_error", f"{provider.name} {words}: {provider.hide(text)[:100]!r}")
     return value
 
 
-def arguments_of(provider: Provider, name: str, text: str) -> dict:
-    try:
-        value = json.loads(valid(encode_json(json.loads(text)))) if text.strip() else {}
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        words = f"{provider.name} called {name} with arguments that are not an object: {provider.hide(text)[:100]!r}"
-        raise Problem("provider_error", words)
-    return value
+def tool_call(provider: Provider, call_id: str, name: str, text: str) -> dict:
+    """The event of a call whose arguments came as JSON text; no text is none."""
+    text, words = text if text.strip() else "{}", f"called {name} with arguments that are not an object"
+    arguments = object_of(provider, text, lambda text: json.loads(valid(encode_json(json.loads(text)))), words)
+    return {"type": "tool_call", "tool_call_id": valid(call_id), "name": valid(name), "arguments": arguments}
 
 
 def count_of(usage: dict, name: str) -> int:
@@ -736,27 +692,42 @@ def valid(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def given(fields: dict) -> dict:
+    """What was asked for: nothing else is sent."""
+    return {name: value for name, value in fields.items() if value not in (None, [])}
+
+
+IMPORTS: dict[str, asyncio.Future] = {}
+
+
+async def import_later(name: str):
+    """A module that is slow to import, when first needed, in a thread: the loop stalls 0.05 s instead of 0.6 s."""
+    if name not in IMPORTS:
+        IMPORTS[name] = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, name))
+    return await asyncio.shield(IMPORTS[name])
+
+
 async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
-    """Anthropic Messages through the official SDK, whose connection, retries-off and headers we use; its typed events cost
-    190 us a token, so the stream itself goes through our decoder (20 us)."""
+    """Anthropic Messages through the official SDK, whose connection, retries-off and headers we use; its typed events
+    cost 190 us a token, so the stream itself goes through our decoder (20 us)."""
     anthropic, httpx2 = [await import_later(name) for name in NEEDS["anthropic"]]
-    client = domain.anthropic_client(anthropic, provider)
+    system = {"type": "text", "text": request["system"], "cache_control": {"type": "ephemeral"}}
+    tools = [(tool.wire_name, tool.description, tool.schema) for tool in request["tools"].values()]
     body = {
         "model": request["model"],
         "max_tokens": request["max_tokens"] or ANTHROPIC_MAX_TOKENS,
         "messages": mark_cached(anthropic_messages(request["messages"]) + request["rounds"]),
         "stream": True,
+        "system": [system] if request["system"] else None,
+        "tools": [dict(zip(("name", "description", "input_schema"), tool)) for tool in tools],
+        "extra_body": given({"temperature": request["temperature"]}) | request["options"],  # create() knows it no more
     }
-    if request["system"]:
-        body["system"] = [{"type": "text", "text": request["system"], "cache_control": {"type": "ephemeral"}}]
-    extra = {} if request["temperature"] is None else {"temperature": request["temperature"]}  # create() knows it no more
-    if request["tools"]:
-        body["tools"] = [anthropic_tool(tool) for tool in request["tools"].values()]
+    create = domain.anthropic_client(anthropic, provider).messages.with_streaming_response.create
     try:
-        async with client.messages.with_streaming_response.create(**body, extra_body=extra | request["options"]) as response:
-            kind = response.headers.get("content-type", "")
+        async with create(**given(body)) as response:
+            kind = response.headers.get("content-type") or "no content type"
             if "text/event-stream" not in kind:
-                raise Problem("provider_error", f"{provider.name} answered with {kind or 'no content type'}, not with a stream")
+                raise Problem("provider_error", f"{provider.name} answered with {kind}, not with a stream")
             blocks, decoder = AnthropicBlocks(provider), Decoder()
             async for data in response.iter_bytes():
                 events, problem = take_frames(provider, decoder, data, blocks.take)
@@ -764,24 +735,14 @@ async def read_anthropic(domain: Domain, provider: Provider, request: dict) -> A
                 if problem:
                     raise problem
     except anthropic.APIStatusError as error:
-        kind, words = error_words(error.response.text)
-        raise provider_problem(provider, error.status_code, words, error.response.headers.get("retry-after"), kind) from None
+        words, wait = error_words(error.response.text), error.response.headers.get("retry-after")
+        raise provider_problem(provider, error.status_code, *words, wait) from None
     except anthropic.APIConnectionError as error:
         raise OSError(str(error.__cause__ or error)) from None
     except anthropic.AnthropicError as error:
         raise Problem("provider_error", provider.hide(f"{provider.name}: {error}")) from None
     except httpx2.HTTPError as error:
         raise OSError(str(error) or type(error).__name__) from None
-
-
-IMPORTS: dict[str, asyncio.Future] = {}
-
-
-async def import_later(name: str):
-    """A module that is slow to import, when it is first needed, in a thread: the loop stalls 0.05 s instead of 0.6 s."""
-    if name not in IMPORTS:
-        IMPORTS[name] = asyncio.ensure_future(asyncio.to_thread(importlib.import_module, name))
-    return await asyncio.shield(IMPORTS[name])
 
 
 class AnthropicBlocks:
@@ -805,8 +766,7 @@ class AnthropicBlocks:
         elif kind == "message_stop":
             self.finish(out)
         elif kind == "error":
-            error = event.get("error") or {}
-            raise provider_problem(self.provider, 0, str(error.get("message", "")), kind=str(error.get("type", "")))
+            raise stream_problem(self.provider, event)
 
     def delta(self, index: int, delta: dict, out: list[dict]) -> None:
         kind, texts = delta["type"], self.texts[index]
@@ -821,33 +781,31 @@ class AnthropicBlocks:
             block["signature"] = block.get("signature", "") + delta["signature"]
 
     def finish(self, out: list[dict]) -> None:
-        """Complete the blocks, and call tools only where that is why the answer ended: a cut off call may look whole."""
-        called = self.stop_reason == "tool_use"
+        """Complete the blocks; call tools only where that is why the answer ended: a cut off call may look whole."""
         for index, block in self.blocks.items():
             text = "".join(self.texts[index])
             if block["type"] in ("text", "thinking"):
                 block[block["type"]] = valid(block[block["type"]] + text)
-            elif block["type"] == "tool_use" and called:
-                block["input"] = arguments_of(self.provider, block["name"], text or encode_json(block.get("input") or {}))
-                call = {"tool_call_id": valid(block["id"]), "name": valid(block["name"]), "arguments": block["input"]}
-                out.append({"type": "tool_call", **call})
+            elif block["type"] == "tool_use" and self.stop_reason == "tool_use":
+                text = text or encode_json(block.get("input") or {})
+                out.append(tool_call(self.provider, block["id"], block["name"], text))
+                block["input"] = out[-1]["arguments"]
         reason = self.stop_reason and valid(str(self.stop_reason))
         out.append({"type": "end", "stop_reason": reason, "blocks": [*self.blocks.values()]})
 
 
 def anthropic_usage(usage: dict) -> dict:
-    """Ours counts every prompt token as input, cached or not, as OpenAI does; Anthropic counts the cached ones apart."""
+    """Every prompt token is input here, cached or not, as with OpenAI; Anthropic counts the cached ones apart."""
     cached = usage.get("cache_read_input_tokens", 0)
     fresh = usage.get("input_tokens", 0) + usage.get("cache_creation_input_tokens", 0)
-    return {"input_tokens": fresh + cached, "cached_tokens": cached, "output_tokens": usage.get("output_tokens", 0)}
+    return dict(zip(COUNTS, (fresh + cached, cached, usage.get("output_tokens", 0))))
 
 
 def anthropic_messages(messages: list[dict]) -> list[dict]:
     made = []
     for message in messages:
         for said, results in in_steps(message["parts"]):
-            blocks = [anthropic_block(part) for part in said]
-            made += [{"role": message["role"], "content": blocks}] if blocks else []
+            made += [{"role": message["role"], "content": list(map(anthropic_block, said))}] if said else []
             made += [{"role": "user", "content": list(map(anthropic_block, results))}] if results else []
     return made
 
@@ -856,13 +814,9 @@ def anthropic_block(part: dict) -> dict:
     if part["type"] == "tool_call":
         return {"type": "tool_use", "id": part["tool_call_id"], "name": part["name"], "input": part["arguments"]}
     if part["type"] == "tool_result":
-        result = {"tool_use_id": part["tool_call_id"], "content": part["text"] or "(empty)", "is_error": part["is_error"]}
-        return {"type": "tool_result", **result}
+        result = {"tool_use_id": part["tool_call_id"], "content": part["text"] or "(empty)"}
+        return {"type": "tool_result", **result, "is_error": part["is_error"]}
     return {"type": "text", "text": part["text"]}
-
-
-def anthropic_tool(tool: Tool) -> dict:
-    return {"name": tool.wire_name, "description": tool.description, "input_schema": tool.schema}
 
 
 def mark_cached(messages: list[dict]) -> list[dict]:
@@ -875,27 +829,24 @@ def mark_cached(messages: list[dict]) -> list[dict]:
 async def read_openai(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
     """Chat Completions of any OpenAI-compatible server. What they differ in is taken as it comes: usage twice or late,
     `choices` empty, `reasoning` or `reasoning_content`, comment lines, errors inside a 200."""
-    limit = "max_completion_tokens" if provider.base_url == Settings.openai_base_url else "max_tokens"
     body = {
         "model": request["model"],
         "messages": openai_messages(request["system"], request["messages"]) + request["rounds"],
         "stream": True,
         "stream_options": {"include_usage": True},
-        **({limit: request["max_tokens"]} if request["max_tokens"] else {}),
-        **({"temperature": request["temperature"]} if request["temperature"] is not None else {}),
-        **({"tools": [openai_tool(tool) for tool in request["tools"].values()]} if request["tools"] else {}),
-        **request["options"],
+        "max_completion_tokens" if provider.official else "max_tokens": request["max_tokens"] or None,
+        "temperature": request["temperature"],
+        "tools": list(map(openai_tool, request["tools"].values())),
     }
-    headers = {"Authorization": f"Bearer {provider.key}"} if provider.key else {}
-    headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
-    url, data = f"{provider.base_url}/chat/completions", encode_json(body).encode()
+    headers = {**provider.bearer, "Content-Type": "application/json", "Accept": "text/event-stream"}
+    url, data = f"{provider.base_url}/chat/completions", encode_json(given(body) | request["options"]).encode()
     async with domain.http.post(url, data=data, headers=headers, allow_redirects=False) as response:
-        if response.status != 200:
+        if response.status != 200 or response.content_type != "text/event-stream":
             kind, words = error_words(await response.content.read(100_000))
-            raise provider_problem(provider, response.status, words, response.headers.get("retry-after"), kind)
-        if response.content_type != "text/event-stream":
-            kind, words = error_words(await response.content.read(100_000))
-            raise Problem("provider_error", f"{provider.name} answered with {response.content_type}: {provider.hide(words)[:200]}")
+            if response.status != 200:
+                raise provider_problem(provider, response.status, kind, words, response.headers.get("retry-after"))
+            words = f"{provider.name} answered with {response.content_type}: {provider.hide(words)[:200]}"
+            raise Problem("provider_error", words)
         choice, decoder = OpenaiChoice(provider), Decoder()
         async for data in response.content.iter_any():
             events, problem = take_frames(provider, decoder, data, choice.take)
@@ -918,15 +869,11 @@ class OpenaiChoice:
             self.finish(out)
             return
         if name == "error" or chunk.get("error"):
-            error = chunk.get("error") or chunk
-            error = error if isinstance(error, dict) else {"message": error}
-            code = error.get("code")
-            status = int(code) if str(code).isdigit() else 0
-            raise provider_problem(self.provider, status, str(error.get("message", "")), kind=str(error.get("type", "")))
+            raise stream_problem(self.provider, chunk)
         if usage := chunk.get("usage"):
             cached = count_of(usage.get("prompt_tokens_details") or {}, "cached_tokens")
-            counts = {"input_tokens": count_of(usage, "prompt_tokens"), "output_tokens": count_of(usage, "completion_tokens")}
-            out.append({"type": "usage", **counts, "cached_tokens": cached})
+            counts = count_of(usage, "prompt_tokens"), cached, count_of(usage, "completion_tokens")
+            out.append({"type": "usage", **dict(zip(COUNTS, counts))})
         for choice in (chunk.get("choices") or [])[:1]:
             delta = choice.get("delta") or {}
             if thought := delta.get("reasoning") or delta.get("reasoning_content"):
@@ -939,7 +886,7 @@ class OpenaiChoice:
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def call(self, piece: dict) -> None:
-        """A piece of a tool call: id and name come once, the arguments in pieces, by index; without one, a new id is a new call."""
+        """A piece of a tool call: id and name come once, arguments in pieces, by index; without, a new id is a call."""
         index = piece.get("index")
         if index is None:
             index = max(self.calls, default=-1)
@@ -959,13 +906,11 @@ class OpenaiChoice:
         stop_reason = reasons.get(self.finish_reason, valid(str(self.finish_reason)))
         if self.calls and stop_reason == "end_turn":
             stop_reason = "tool_use"  # some servers end with "stop" all the same
-        calls = []
         for index, call in sorted(self.calls.items()) if stop_reason == "tool_use" else ():
-            arguments = arguments_of(self.provider, call["name"], "".join(call["arguments"]))
-            named = valid(call["id"] or f"call_{index}_{secrets.token_hex(4)}"), valid(call["name"])
-            out.append({"type": "tool_call", "tool_call_id": named[0], "name": named[1], "arguments": arguments})
-            calls.append(openai_call(out[-1]))
-        said = {"role": "assistant", "content": valid("".join(self.texts)) or None, **({"tool_calls": calls} if calls else {})}
+            call_id = call["id"] or f"call_{index}_{secrets.token_hex(4)}"
+            out.append(tool_call(self.provider, call_id, call["name"], "".join(call["arguments"])))
+        calls = [event for event in out if event["type"] == "tool_call"]
+        said = openai_message("assistant", valid("".join(self.texts)), calls)
         out.append({"type": "end", "stop_reason": stop_reason, "blocks": said})
         return out
 
@@ -975,11 +920,16 @@ def openai_messages(system: str | None, messages: list[dict]) -> list[dict]:
     for message in messages:
         for said, results in in_steps(message["parts"]):
             text = "\n\n".join(part["text"] for part in said if part["type"] == "text")
-            calls = [openai_call(part) for part in said if part["type"] == "tool_call"]
-            if text or calls:
-                made.append({"role": message["role"], "content": text or None, **({"tool_calls": calls} if calls else {})})
+            calls = [part for part in said if part["type"] == "tool_call"]
+            made += [openai_message(message["role"], text, calls)] if text or calls else []
             made += map(openai_result, results)
     return made
+
+
+def openai_message(role: str, text: str, calls: list[dict]) -> dict:
+    made = [{"name": call["name"], "arguments": encode_json(call["arguments"])} for call in calls]
+    made = [{"id": call["tool_call_id"], "type": "function", "function": one} for call, one in zip(calls, made)]
+    return {"role": role, "content": text or None, **given({"tool_calls": made})}
 
 
 def openai_result(part: dict) -> dict:
@@ -991,11 +941,6 @@ def openai_tool(tool: Tool) -> dict:
     return {"type": "function", "function": function}
 
 
-def openai_call(part: dict) -> dict:
-    function = {"name": part["name"], "arguments": encode_json(part["arguments"])}
-    return {"id": part["tool_call_id"], "type": "function", "function": function}
-
-
 GUIDE = """This is Liminal's built-in demo, not a language model: it answers every message with this text, offline.
 
 To talk to a real model, give Liminal a key once:
@@ -1005,24 +950,24 @@ To talk to a real model, give Liminal a key once:
 It asks without echo and writes data/env; the next message uses it. With Ollama running on this machine, \
 `./run.sh models` lists its models and needs no key.
 
-What you see already works as it will with a real model: this reply came through both servers token by token, and is on \
-disk. Try `./run.sh threads`, `./run.sh show`, or close this terminal in the middle of a reply and look again with \
+What you see already works as it will with a real model: this reply came through both servers token by token, and is \
+on disk. Try `./run.sh threads`, `./run.sh show`, or close this terminal in the middle of a reply and look again with \
 `./run.sh chat --continue`.
 """
 GUIDE_RATE = 60  # tokens per second, about what a fast model does
 
 
 async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncIterator[list[dict]]:
-    """Offline: `guide` says what this is and how to set a real key, and reads a file when told to, so that tools can be tried;
-    `load-<tokens>-<rate>` streams numbered tokens."""
+    """Offline: `guide` says what this is and how to set a real key, and reads a file when told to, so that tools can be
+    tried; `load-<tokens>-<rate>` streams numbered tokens."""
     kind, *numbers = request["model"].split("-")
     said = "".join(part.get("text", "") for part in request["messages"][-1]["parts"])
-    prompt = sum(part_tokens(part) for message in request["messages"] for part in message["parts"])
+    prompt = {"type": "usage", "input_tokens": prompt_tokens(request["messages"]), "cached_tokens": 0}
     asked = re.search(r"(?i)\bread\b.*?([\w./-]*\w\.\w+)", said)
     if kind == "guide" and asked and not request["rounds"] and "liminal__file_read" in request["tools"]:
-        call = {"tool_call_id": f"demo_{secrets.token_hex(4)}", "name": "liminal__file_read", "arguments": {"path": asked[1]}}
-        usage = {"input_tokens": prompt, "cached_tokens": 0, "output_tokens": part_tokens(call)}
-        yield [{"type": "usage", **usage}, {"type": "tool_call", **call}]
+        call = {"type": "tool_call", "tool_call_id": f"demo_{secrets.token_hex(4)}", "name": "liminal__file_read"}
+        call["arguments"] = {"path": asked[1]}
+        yield [{**prompt, "output_tokens": part_tokens(call)}, call]
         yield [{"type": "end", "stop_reason": "tool_use", "blocks": {}}]
         return
     if kind == "load":
@@ -1033,7 +978,7 @@ async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncI
         text = f"The demo has read the file, which begins:\n\n{results[-1][:500]}\n" if results else GUIDE
         rate, tokens = GUIDE_RATE, re.findall(r"\S+\s*|\s+", text)
         count = len(tokens)
-    yield [{"type": "usage", "input_tokens": prompt, "cached_tokens": 0, "output_tokens": count}]
+    yield [{**prompt, "output_tokens": count}]
     begun, sent, tokens = time.monotonic(), 0, iter(tokens)
     while sent < count:
         due = min(count, int((time.monotonic() - begun) * rate) + 1 if rate else sent + 64)
@@ -1057,14 +1002,15 @@ async def ask_models(domain: Domain, provider: Provider) -> tuple[list[str], str
     known, asked = domain.models.get(place), time.monotonic()
     if known is None or known[0] < asked:
         found, why = await fetch_models(domain, provider)
-        fresh = MODELS_FRESH if why is None else 10 * (time.monotonic() - asked)  # who hangs is not asked at each message
-        known = domain.models[place] = time.monotonic() + fresh, found, why
+        hung = time.monotonic() - asked  # who hangs is not asked at each message
+        until = time.monotonic() + (10 * hung if why else MODELS_FRESH)
+        known = domain.models[place] = until, found, why
     _, found, why = known
     return [*provider.models, *(model for model in found if model not in provider.models)], why
 
 
 async def fetch_models(domain: Domain, provider: Provider) -> tuple[list[str], str | None]:
-    url, headers = f"{provider.base_url}/models", {"Authorization": f"Bearer {provider.key}"} if provider.key else {}
+    url, headers = f"{provider.base_url}/models", provider.bearer
     if provider.kind == "anthropic":
         url = f"{provider.base_url}/v1/models?limit=1000"
         headers = {"x-api-key": provider.key, "anthropic-version": "2023-06-01"}
@@ -1073,8 +1019,7 @@ async def fetch_models(domain: Domain, provider: Provider) -> tuple[list[str], s
         async with domain.http.get(url, headers=headers, timeout=limit, allow_redirects=False) as response:
             data = await response.content.read(10_000_000)
             if response.status != 200:
-                kind, words = error_words(data)
-                return [], provider_problem(provider, response.status, words, kind=kind).message
+                return [], provider_problem(provider, response.status, *error_words(data)).message
             return [str(one["id"]) for one in json.loads(data)["data"]], None
     except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
         return [], f"cannot reach {provider.base_url} ({plain_error(error)})"
@@ -1087,7 +1032,7 @@ async def default_model(domain: Domain) -> str:
     if domain.settings.model:
         return domain.settings.model
     for provider in domain.providers().values():
-        wanted = provider.key or provider.name == "ollama" or provider.kind == "openai" and provider.base_url != Settings.openai_base_url
+        wanted = provider.key or provider.name == "ollama" or provider.kind == "openai" and not provider.official
         if provider.kind != "demo" and wanted and not provider.missing:
             models = provider.models or (await ask_models(domain, provider))[0]
             if models:
@@ -1100,24 +1045,25 @@ async def find_model(domain: Domain, name: str | None) -> tuple[Provider, str]:
     domain.settings = domain.settings.fresh()
     name = name or await default_model(domain)
     prefix, _, model = name.partition("/")
-    provider = domain.providers().get(prefix)
+    provider, why = domain.providers().get(prefix), None
+    model = model or next(iter(provider.models if provider else ()), "")
     if provider is None:
-        known = ", ".join(domain.providers())
-        raise Problem("unknown_model", f"{name!r} is no model: they are named provider/model, with {known}", field="model")
-    model = model or next(iter(provider.models), "")
-    if provider.kind == "demo" and not (model == "guide" or re.fullmatch(r"load-[0-9]{1,7}-[0-9]{1,6}", model)):
-        raise Problem("unknown_model", f"{name!r} is no model: demo has guide and load-<tokens>-<rate>", field="model")
-    if not model:
-        raise Problem("unknown_model", f"{name!r} names no model: `liminal models` lists what there is", field="model")
+        why = f"is no model: they are named provider/model, with {', '.join(domain.providers())}"
+    elif provider.kind == "demo" and not re.fullmatch(r"guide|load-[0-9]{1,7}-[0-9]{1,6}", model):
+        why = "is no model: demo has guide and load-<tokens>-<rate>"
+    elif not model:
+        why = "names no model: `liminal models` lists what there is"
+    if why:
+        raise Problem("unknown_model", f"{name!r} {why}", field="model")
     if provider.missing:
         raise Problem("provider_auth", f"{prefix}: {provider.missing}", field="model")
     return provider, model
 
 
 ################ Tools
-# All tools are MCP tools, our own too (an in-process server named `liminal`), so that there is one path. A server is started
-# when a reply first needs it, lives in one task, and is started anew after it has died. Whatever a server does, it costs one
-# call, never the reply. What a tool says is data: it cannot widen what is allowed, since only names are judged.
+# All tools are MCP tools, our own too (an in-process server named `liminal`), so that there is one path. A server is
+# started when a reply first needs it, lives in one task, and is started anew after it has died. Whatever a server does,
+# it costs one call, never the reply. What a tool says is data: it cannot widen what is allowed; only names are judged.
 
 TOOL_CONNECT, TOOL_CALL = 15.0, 60.0  # seconds; a server's `connect_timeout` and `call_timeout` in mcp.json change them
 TOOL_LIST = 3.0  # seconds to list the tools anew at a reply; then the last list stands
@@ -1175,7 +1121,7 @@ class ToolServer:
                 raise
             except TimeoutError:
                 self.why = f"it did not answer within {self.connect_timeout:g} s of its start"
-            except BaseException as error:  # whatever the SDK raises, groups of exceptions included, is this server's fault
+            except BaseException as error:  # whatever the SDK raises, groups included, is this server's fault
                 self.why = plain_error(error)
             self.state, self.client = "failed", None
             self.settled.set()
@@ -1188,8 +1134,7 @@ class ToolServer:
         while True:
             page = await self.client.list_tools(cursor=cursor, cache_mode="bypass")
             for tool in page.tools:
-                hints = tool.annotations
-                read_only = bool(hints and hints.read_only_hint)
+                read_only = bool(tool.annotations and tool.annotations.read_only_hint)
                 found.append(Tool(self, tool.name, tool.description or "", tool.input_schema, read_only))
             cursor = page.next_cursor
             if not cursor or len(found) > 1000:
@@ -1244,18 +1189,7 @@ def plain_error(error: BaseException) -> str:
 
 def result_text(result) -> str:
     """A result as text: what is no text is named, not hidden; what is too long is cut, and says so."""
-    pieces = []
-    for block in result.content:
-        if block.type == "text":
-            pieces.append(block.text)
-        elif block.type in ("image", "audio"):
-            pieces.append(f"[{block.type} {block.mime_type}, {len(block.data) * 3 // 4} bytes, not shown]")
-        elif block.type == "resource" and getattr(block.resource, "text", None) is not None:
-            pieces.append(f"[resource {block.resource.uri}]\n{block.resource.text}")
-        elif block.type == "resource":
-            pieces.append(f"[resource {block.resource.uri}, {len(block.resource.blob) * 3 // 4} bytes, not shown]")
-        else:
-            pieces.append(f"[{block.type} {getattr(block, 'uri', '')}]")
+    pieces = [block_text(block) for block in result.content]
     if not pieces and result.structured_content is not None:
         pieces.append(encode_json(result.structured_content))
     text = valid("\n".join(pieces))
@@ -1263,11 +1197,24 @@ def result_text(result) -> str:
     return text if left_out <= 0 else f"{text[:TOOL_TEXT]}\n[cut: {left_out} of {len(text)} characters left out]"
 
 
+def block_text(block) -> str:
+    if block.type == "text":
+        return block.text
+    if block.type in ("image", "audio"):
+        return f"[{block.type} {block.mime_type}, {len(block.data) * 3 // 4} bytes, not shown]"
+    if block.type != "resource":
+        return f"[{block.type} {getattr(block, 'uri', '')}]"
+    if getattr(block.resource, "text", None) is not None:
+        return f"[resource {block.resource.uri}]\n{block.resource.text}"
+    return f"[resource {block.resource.uri}, {len(block.resource.blob) * 3 // 4} bytes, not shown]"
+
+
 class Tools:
     """The servers of mcp.json and our own, and what is allowed. Read again at a reply when the file has changed."""
 
     def __init__(self, domain: Domain):
-        self.domain, self.servers, self.permissions, self.seen, self.why = domain, {}, {"allow": [], "deny": []}, None, None
+        self.domain, self.servers, self.permissions = domain, {}, {"allow": [], "deny": []}
+        self.wanted, self.seen, self.why = {}, None, None
 
     def reload(self) -> None:
         path = self.domain.settings.mcp
@@ -1275,27 +1222,21 @@ class Tools:
             return
         self.seen, self.why = seen, None
         try:
-            config = json.loads(path.read_text()) if seen else {}
-            wanted = {name: one for name, one in config.get("mcpServers", {}).items() if not one.get("disabled")}
-            permissions = {kind: [str(one) for one in config.get("permissions", {}).get(kind, [])] for kind in ("allow", "deny")}
-            for name, one in wanted.items():
-                if name == "liminal" or not (isinstance(one.get("command"), str) or isinstance(one.get("url"), str)):
-                    raise ValueError(f"the server {name!r} needs a name of its own and a command or a url")
+            self.wanted, self.permissions = read_config(path) if seen else ({}, {"allow": [], "deny": []})
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            self.why = f"{path} cannot be used: {error}"  # what ran before goes on: half a change must not stop a server
+            self.why = f"{path} cannot be used: {error}"  # what ran goes on: half a change must not stop a server
             log.error("%s", self.why)
-            wanted, permissions = {name: one.config for name, one in self.servers.items() if name != "liminal"}, self.permissions
-        self.permissions = permissions
-        for name in [name for name, one in self.servers.items() if name != "liminal" and wanted.get(name) != one.config]:
-            self.servers.pop(name).task.cancel()
-        for name, one in wanted.items():
+        for name, one in list(self.servers.items()):
+            if name != "liminal" and self.wanted.get(name) != one.config:
+                self.servers.pop(name).task.cancel()
+        for name, one in self.wanted.items():
             if name not in self.servers:
                 self.servers[name] = ToolServer(name, one, http_client if "url" in one else stdio_client)
         if "liminal" not in self.servers:
             self.servers["liminal"] = ToolServer("liminal", {}, functools.partial(own_client, self.domain))
 
     async def offered(self, patterns: list[str] | None) -> dict[str, Tool]:
-        """The tools of all servers by their wire names, or those that match the patterns; the servers start in parallel."""
+        """The tools of all servers, or those that match, by their wire names; the servers start in parallel."""
         await import_later("mcp")
         self.reload()
         found = await asyncio.gather(*[server.refresh() for server in self.servers.values()])
@@ -1303,18 +1244,30 @@ class Tools:
         return {tool.wire_name: tool for tool in chosen}
 
     def refusal(self, tool: Tool, allow: list[str]) -> str | None:
-        """None where the tool may be called, else why not and what to add. Deny beats allow; reading is allowed by itself."""
+        """None where the tool may be called, else why not and what to add. Deny beats allow; reading is allowed."""
+        name, path = tool.full_name, self.domain.settings.mcp
         if matches(tool, self.permissions["deny"]):
-            return f"{tool.full_name} is denied in {self.domain.settings.mcp} (permissions.deny)"
+            return f"{name} is denied in {path} (permissions.deny)"
         if tool.read_only or matches(tool, self.permissions["allow"]) or matches(tool, allow):
             return None
         line = encode_json({"permissions": {"allow": [f"{tool.server.name}__*"]}})
-        return f"{tool.full_name} is not allowed: add {line} to {self.domain.settings.mcp}, or for one run --allow '{tool.full_name}'"
+        return f"{name} is not allowed: add {line} to {path}, or for one run --allow '{name}'"
 
     async def close(self) -> None:
         for server in self.servers.values():
             server.task.cancel()
         await asyncio.wait([server.task for server in self.servers.values()], timeout=3) if self.servers else None
+
+
+def read_config(path: pathlib.Path) -> tuple[dict, dict]:
+    """(the servers of mcp.json by name, its permissions); ValueError and the like where it makes no sense."""
+    config = json.loads(path.read_text())
+    wanted = {name: one for name, one in config.get("mcpServers", {}).items() if not one.get("disabled")}
+    for name, one in wanted.items():
+        if name == "liminal" or not (isinstance(one.get("command"), str) or isinstance(one.get("url"), str)):
+            raise ValueError(f"the server {name!r} needs a name of its own and a command or a url")
+    permissions = config.get("permissions", {})
+    return wanted, {kind: [str(one) for one in permissions.get(kind, [])] for kind in ("allow", "deny")}
 
 
 def matches(tool: Tool, patterns: list[str]) -> bool:
@@ -1324,86 +1277,77 @@ def matches(tool: Tool, patterns: list[str]) -> bool:
 def stdio_client(server: ToolServer):
     import mcp
 
-    return mcp.Client(StdioTransport(server), read_timeout_seconds=server.call_timeout)
+    return mcp.Client(stdio_transport(server), read_timeout_seconds=server.call_timeout)
 
 
-class StdioTransport:
-    """A child process as an MCP transport: ours, because a line is bounded (the SDK would take 100 MB in one), garbage between
-    messages is passed over, and no child outlives the Domain."""
-
-    def __init__(self, server: ToolServer):
-        self.server, self.tasks = server, []
-
-    async def __aenter__(self):
-        import anyio
-
-        config = self.server.config
-        self.process = await asyncio.create_subprocess_exec(
-            config["command"],
-            *map(str, config.get("args") or ()),
-            env={**child_environment(), **{name: str(value) for name, value in (config.get("env") or {}).items()}},
-            cwd=config.get("cwd"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=None,  # the Domain's own log
-            limit=TOOL_LINE,
-            start_new_session=True,
-            preexec_fn=die_with_parent() if sys.platform == "linux" else None,
-        )
-        self.inbox, read = anyio.create_memory_object_stream(0)
-        write, self.outbox = anyio.create_memory_object_stream(0)
-        self.tasks = [asyncio.create_task(work) for work in (self.read(), self.write())]
-        return read, write
-
-    async def read(self) -> None:
-        from mcp.shared.message import SessionMessage
-        from mcp_types import jsonrpc_message_adapter
-
-        async with self.inbox:
-            while line := await self.read_line():
-                try:
-                    await self.inbox.send(SessionMessage(jsonrpc_message_adapter.validate_json(line, by_name=False)))
-                except ValueError:
-                    log.warning("the MCP server %s wrote what is no message: %.100r", self.server.name, line)
-
-    async def read_line(self) -> bytes:
-        try:
-            return await self.process.stdout.readline()
-        except (ValueError, OSError):
-            log.warning("the MCP server %s wrote a message of more than %d bytes and was ended", self.server.name, TOOL_LINE)
-            self.kill()
-            return b""
-
-    async def write(self) -> None:
-        with contextlib.suppress(OSError):
-            async with self.outbox:
-                async for message in self.outbox:
-                    text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
-                    self.process.stdin.write(text.encode() + b"\n")
-                    await self.process.stdin.drain()
-
-    def kill(self) -> None:
-        """The whole session of the child: its own children, too."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-
-    async def __aexit__(self, *_) -> None:
-        """As the protocol asks: close its standard input, wait a moment, then end it."""
-        self.process.stdin.close()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(0.5):
-                await self.process.wait()
-        self.kill()
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-
-
-def child_environment() -> dict[str, str]:
-    """What a child needs to run, and no key."""
+@contextlib.asynccontextmanager
+async def stdio_transport(server: ToolServer):
+    """A child process as an MCP transport: ours, because a line is bounded (the SDK would take 100 MB in one), garbage
+    between messages is passed over, and no child outlives the Domain. Its environment is what it needs, and no key."""
+    import anyio
     from mcp.client.stdio import get_default_environment
 
-    return get_default_environment()
+    config = server.config
+    own = {name: str(value) for name, value in (config.get("env") or {}).items()}
+    process = await asyncio.create_subprocess_exec(
+        config["command"],
+        *map(str, config.get("args") or ()),
+        env={**get_default_environment(), **own},
+        cwd=config.get("cwd"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=None,  # the Domain's own log
+        limit=TOOL_LINE,
+        start_new_session=True,
+        preexec_fn=die_with_parent() if sys.platform == "linux" else None,
+    )
+    inbox, read = anyio.create_memory_object_stream(0)
+    write, outbox = anyio.create_memory_object_stream(0)
+    tasks = [asyncio.create_task(work) for work in (read_child(server, process, inbox), write_child(process, outbox))]
+    try:
+        yield read, write
+    finally:  # as the protocol asks: close its standard input, wait a moment, then end it
+        process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await process.wait()
+        kill(process)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def read_child(server: ToolServer, process, inbox) -> None:
+    from mcp.shared.message import SessionMessage
+    from mcp_types import jsonrpc_message_adapter
+
+    async with inbox:
+        try:
+            while line := await process.stdout.readline():
+                try:
+                    message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+                except ValueError:
+                    log.warning("the MCP server %s wrote what is no message: %.100r", server.name, line)
+                    continue
+                await inbox.send(SessionMessage(message))
+        except (ValueError, OSError):
+            log.warning("the MCP server %s wrote a message of more than %d bytes and was ended", server.name, TOOL_LINE)
+            kill(process)
+
+
+async def write_child(process, outbox) -> None:
+    with contextlib.suppress(OSError):
+        async with outbox:
+            async for message in outbox:
+                text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+                process.stdin.write(text.encode() + b"\n")
+                await process.stdin.drain()
+
+
+def kill(process) -> None:
+    """The whole session of the child: its own children, too."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def die_with_parent():
@@ -1460,8 +1404,8 @@ async def argument_fault(schema: dict, arguments: dict) -> str | None:
 
 
 ################ Tools of our own
-# Read-only, as an MCP server in this process. A path is walked one folder at a time from a root, following no symbolic link,
-# so that neither `..` nor a swap between check and use leads out; data/ is never readable.
+# Read-only, as an MCP server in this process. A path is walked one folder at a time from a root, following no symbolic
+# link, so that neither `..` nor a swap between check and use leads out; data/ is never readable.
 
 CALLER = contextvars.ContextVar("caller")  # the user whose reply calls
 FILE_BYTES, LIST_ENTRIES, SEARCH_LINES, SEARCH_SECONDS = 200_000, 1_000, 100, 5.0
@@ -1496,8 +1440,9 @@ def own_client(domain: Domain, server: ToolServer):
     @tool
     async def messages_search(query: str) -> str:
         """Search the user's own earlier conversations for words."""
-        found = await domain.messages.read(search_texts, CALLER.get(), query, 20)
-        return "\n\n".join(f"[{one['created_at'][:10]} {one['role']}] {one['snippet']}" for one in found) or "nothing found"
+        found = await domain.messages.read(search_texts, {"user_id": CALLER.get(), "q": query, "limit": 20})
+        rows = [f"[{one['created_at'][:10]} {one['role']}] {one['snippet']}" for one in found]
+        return "\n\n".join(rows) or "nothing found"
 
     return mcp.Client(own)
 
@@ -1505,21 +1450,20 @@ def own_client(domain: Domain, server: ToolServer):
 @contextlib.contextmanager
 def opened(roots: list[str], data: pathlib.Path, path: str):
     """A descriptor of the file or folder that a path means, below one of the roots. ValueError says why not."""
-    root = next((root for root in roots if os.path.isabs(path) and (path + "/").startswith(root.rstrip("/") + "/")), roots[0])
+    meant = [root for root in roots if os.path.isabs(path) and (path + "/").startswith(root.rstrip("/") + "/")]
+    root = (meant or roots)[0]
     steps = [step for step in path.removeprefix(root).split("/") if step not in ("", ".")]
+    outside = ValueError(f"{path!r} is outside of what may be read")
     if os.path.isabs(path) and not path.startswith(root) or ".." in steps or "\0" in path:
-        raise ValueError(f"{path!r} is outside of what may be read")
+        raise outside
     place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        hidden = os.stat(data) if data.exists() else None
-        for step in steps:
+        for step in (".", *steps):
             inner = os.open(step, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
             os.close(place)
             place = inner
-            if hidden and os.path.samestat(os.fstat(place), hidden):
-                raise ValueError(f"{path!r} is outside of what may be read")
-        if hidden and (os.path.samestat(os.fstat(place), hidden) or is_hidden(os.fstat(place), data)):
-            raise ValueError(f"{path!r} is outside of what may be read")
+            if is_hidden(os.fstat(place), data):
+                raise outside
         yield place
     except OSError as error:
         words = "is a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror.lower()
@@ -1529,8 +1473,11 @@ def opened(roots: list[str], data: pathlib.Path, path: str):
 
 
 def is_hidden(seen: os.stat_result, data: pathlib.Path) -> bool:
-    """Whether a file with several names is one of data/'s."""
-    return seen.st_nlink > 1 and stat.S_ISREG(seen.st_mode) and any(os.path.samestat(seen, one.stat()) for one in os.scandir(data))
+    """Whether this is data/, or a file with several names that is one of its own."""
+    if not data.exists() or os.path.samestat(seen, os.stat(data)):
+        return data.exists()
+    several = seen.st_nlink > 1 and stat.S_ISREG(seen.st_mode)
+    return several and any(os.path.samestat(seen, one.stat()) for one in os.scandir(data))
 
 
 def read_text(place: int, path: str) -> str:
@@ -1543,7 +1490,8 @@ def read_text(place: int, path: str) -> str:
     if b"\0" in data[:8192]:
         raise ValueError(f"{path!r} is a binary file of {seen.st_size} bytes")
     text = data.decode("utf-8", "replace")
-    return text if seen.st_size <= FILE_BYTES else f"{text}\n[cut: {seen.st_size - FILE_BYTES} of {seen.st_size} bytes left out]"
+    left_out = seen.st_size - FILE_BYTES
+    return text if left_out <= 0 else f"{text}\n[cut: {left_out} of {seen.st_size} bytes left out]"
 
 
 def read_file(roots: list[str], data: pathlib.Path, path: str, first_line: int, count: int) -> str:
@@ -1555,35 +1503,32 @@ def read_file(roots: list[str], data: pathlib.Path, path: str, first_line: int, 
 def list_folder(roots: list[str], data: pathlib.Path, path: str) -> str:
     with opened(roots, data, path) as place:
         entries = sorted(os.scandir(place), key=lambda entry: entry.name)
-        rows = [f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else row_of(entry) for entry in entries[:LIST_ENTRIES]]
-    left_out = len(entries) - LIST_ENTRIES
-    return "\n".join(rows + ([f"[{left_out} more]"] if left_out > 0 else [])) or "(empty)"
+        rows = [list_row(entry) for entry in entries[:LIST_ENTRIES]]
+    rows += [f"[{len(entries) - LIST_ENTRIES} more]"] if len(entries) > LIST_ENTRIES else []
+    return "\n".join(rows) or "(empty)"
 
 
-def row_of(entry) -> str:
+def list_row(entry) -> str:
+    if entry.is_dir(follow_symlinks=False):
+        return f"{entry.name}/"
     return f"{entry.name}  {entry.stat(follow_symlinks=False).st_size}"
 
 
 def search_files(roots: list[str], data: pathlib.Path, text: str, path: str, name: str) -> str:
     found, deadline = [], time.monotonic() + SEARCH_SECONDS
     with opened(roots, data, path) as top:
-        hidden = os.stat(data) if data.exists() else None
         for folder, folders, files, place in os.fwalk(".", dir_fd=top, follow_symlinks=False):
-            folders[:] = [one for one in sorted(folders) if one[0] != "." and not is_data(place, one, hidden)]
-            for one in sorted(files):
-                if not fnmatch.fnmatch(one, name):
-                    continue
+            seen = {one: os.stat(one, dir_fd=place, follow_symlinks=False) for one in folders if one[0] != "."}
+            folders[:] = [one for one in sorted(seen) if not is_hidden(seen[one], data)]
+            for one in fnmatch.filter(sorted(files), name):
                 if len(found) >= SEARCH_LINES or time.monotonic() > deadline:
                     return "\n".join([*found, "[there may be more: search for less, or in a smaller folder]"])
-                with contextlib.suppress(ValueError), opened(roots, data, os.path.normpath(os.path.join(path, folder, one))) as file:
+                inner = os.path.normpath(os.path.join(folder, one))
+                with contextlib.suppress(ValueError), opened(roots, data, os.path.join(path, inner)) as file:
                     for number, line in enumerate(read_text(file, one).split("\n"), 1):
                         if text.lower() in line.lower():
-                            found.append(f"{os.path.normpath(os.path.join(folder, one))}:{number}: {line.strip()[:200]}")
+                            found.append(f"{inner}:{number}: {line.strip()[:200]}")
     return "\n".join(found[:SEARCH_LINES]) or "nothing found"
-
-
-def is_data(place: int, name: str, hidden) -> bool:
-    return hidden is not None and os.path.samestat(os.stat(name, dir_fd=place, follow_symlinks=False), hidden)
 
 
 ################ Runs
@@ -1594,10 +1539,10 @@ def is_data(place: int, name: str, hidden) -> bool:
 class Run:
     """One reply in the making. `stored` is the position on disk; `done` the last event, once there is one."""
 
-    def __init__(self, thread_id: str, user_id: str, user_message_id: str, provider: Provider, model: str, request_id: str):
-        self.message_id, self.thread_id, self.user_id = str(uuid.uuid4()), thread_id, user_id
+    def __init__(self, call: Call, thread_id: str, user_message_id: str, provider: Provider, model: str):
+        self.message_id, self.thread_id, self.user_id = str(uuid.uuid4()), thread_id, call.user_id
         self.user_message_id, self.speaker = user_message_id, None
-        self.provider, self.model, self.request_id = provider, f"{provider.name}/{model}", request_id
+        self.provider, self.model, self.request_id = provider, f"{provider.name}/{model}", call.request_id
         self.events, self.starts, self.compacted = [], [], 0
         self.position = self.stored = 0
         self.half = None  # (type, high surrogate) whose other half is still to come
@@ -1605,13 +1550,13 @@ class Run:
         self.stop_reason = self.blocks = self.done = self.stopping = self.task = self.request = None
         self.calls, self.tools, self.allow = [], {}, []  # of this round; offered by wire name; allowed for this run
         self.created_at, self.began, self.first_at, self.called_at = now(), time.monotonic(), None, None
-        self.heard_at, self.patience, self.late, self.stored_at, self.storing = self.began, None, False, self.began, False
-        self.waiters = []
+        self.heard_at = self.stored_at = self.began
+        self.patience, self.late, self.storing, self.waiters = None, False, False, []
         self.inserted = asyncio.get_running_loop().create_future()  # its row is on disk
         self.ended = asyncio.get_running_loop().create_future()  # `done` may be told
 
     def expect(self, seconds: float | None) -> None:
-        """The provider has just been heard (or called), and has so long for its next byte; None: nothing is waited for."""
+        """The provider was just heard (or called), and has so long for its next byte; None: nothing is waited for."""
         self.heard_at, self.patience = time.monotonic(), seconds
 
     def stop(self, reason: Problem | str) -> None:
@@ -1657,14 +1602,10 @@ class Run:
         self.done = self.done or {**done, "timing": {**NO_TIMING, **done["timing"]}}
         self.wake()
 
-    def start(self, position: int) -> dict:
-        named = {name: getattr(self, name) for name in ("message_id", "thread_id", "user_message_id", "speaker", "model")}
-        return {"type": "start", **named, "position": position}
-
     def usage(self, whole: bool) -> dict:
         """Tokens summed over the rounds, and their cost; estimated where the provider did not say, or was cut off."""
         told = [usage for usage in self.usages if usage]
-        counts = {name: sum(one[name] for one in told) for name in ("input_tokens", "cached_tokens", "output_tokens")}
+        counts = {name: sum(one[name] for one in told) for name in COUNTS}
         estimated = not whole or len(told) < len(self.usages)
         if estimated:
             said = sum(tokens_of(encode_json(event)) for event in self.events if event["type"] == "tool_call")
@@ -1685,15 +1626,15 @@ class Run:
         ended = time.monotonic()
         seconds = ended - (self.first_at or ended)
         tokens = (self.usages[-1] or {}).get("output_tokens") or 0
-        since = {"provider_ttft_ms": self.called_at, "domain_ttft_ms": self.began}
-        first = {name: then and self.first_at and round((self.first_at - then) * 1000, 2) for name, then in since.items()}
-        total = round((ended - self.began) * 1000, 2)
-        return {**first, "total_ms": total, "tokens_per_s": round(tokens / seconds, 1) if tokens and seconds > 0.001 else None}
+        since = {"provider_ttft_ms": self.called_at, "domain_ttft_ms": self.began, "total_ms": self.began}
+        until = {**dict.fromkeys(since, self.first_at), "total_ms": ended}
+        told = {name: then and until[name] and round((until[name] - then) * 1000, 2) for name, then in since.items()}
+        return {**told, "tokens_per_s": round(tokens / seconds, 1) if tokens and seconds > 0.001 else None}
 
 
 async def run(domain: Domain, reply: Run) -> None:
-    """The life of one reply: what the provider sends is recorded until it ends, fails or is stopped; then its tail and its
-    final status go to disk, and only then is `done` told and the thread free."""
+    """The life of one reply: what the provider sends is recorded until it ends, fails or is stopped; then its tail and
+    its final status go to disk, and only then is `done` told and the thread free."""
     status, problem = "complete", None
     try:
         for number in itertools.count(1):
@@ -1703,7 +1644,8 @@ async def run(domain: Domain, reply: Run) -> None:
                     record(domain, reply, events)
             reply.expect(None)
             if reply.blocks is None:
-                raise Problem("provider_incomplete", f"{reply.provider.name} ended in mid-answer, without its end marker: retry")
+                words = f"{reply.provider.name} ended in mid-answer, without its end marker: retry"
+                raise Problem("provider_incomplete", words)
             if reply.stop_reason != "tool_use" or not reply.calls:
                 break
             if number > domain.settings.tool_rounds:
@@ -1718,19 +1660,20 @@ async def run(domain: Domain, reply: Run) -> None:
         fault.message = reply.provider.hide(fault.message)
     except Exception:
         log.exception("the run of %s failed", reply.message_id)
-        status, problem = "error", Problem("internal", "an error of our own; the Domain's log tells more")
+        status, problem = "error", Problem("internal", OUR_ERROR)
     reply.stopping = reply.stopping or "ended"
     reply.expect(None)
     await asyncio.shield(finish(domain, reply, status, problem))
 
 
 async def run_tools(domain: Domain, reply: Run) -> None:
-    """Execute a round's calls in parallel, and put what was said and what came of it into the request of the next round, in
+    """Execute a round's calls in parallel, and put what was said and what came of it into the next round's request, in
     the provider's own form: thinking, signatures and raw blocks go back unchanged."""
     calls, said = reply.calls, reply.blocks
     results = await asyncio.gather(*[call_tool(domain, reply, call) for call in calls])
     if reply.provider.kind == "anthropic":
-        told = [{"role": "assistant", "content": said}, {"role": "user", "content": list(map(anthropic_block, results))}]
+        blocks = list(map(anthropic_block, results))
+        told = [{"role": "assistant", "content": said}, {"role": "user", "content": blocks}]
     else:
         told = [said, *map(openai_result, results)]
     reply.request["rounds"] += told
@@ -1748,7 +1691,7 @@ def record(domain: Domain, reply: Run, events: list[dict]) -> None:
                 continue
             domain.tokens += 1
         elif kind == "usage":
-            reply.usages[-1] = {name: event[name] for name in ("input_tokens", "cached_tokens", "output_tokens")}
+            reply.usages[-1] = pick(event, *COUNTS)
             continue
         elif kind == "end":
             reply.stop_reason, reply.blocks = event["stop_reason"], event["blocks"]
@@ -1789,7 +1732,7 @@ def release_half(reply: Run, kind: str | None) -> str:
 
 
 async def finish(domain: Domain, reply: Run, status: str, problem: Problem | None) -> None:
-    """Store a reply's tail and final status, then tell `done`. Where the disk refuses, say so, keep the run and try again."""
+    """Store a reply's tail and final status, then tell `done`. Where the disk refuses, say so, and try again."""
     release_half(reply, None)
     error = problem and problem.detail(reply.request_id)
     rest = {"stop_reason": reply.stop_reason, "usage": reply.usage(status == "complete"), "timing": reply.timing()}
@@ -1803,17 +1746,13 @@ async def finish(domain: Domain, reply: Run, status: str, problem: Problem | Non
             tail = reply.after(reply.stored, None)
             await domain.messages.write(finish_message, reply.message_id, reply.stored, tail, done)
             break
-        except Problem as fault:
-            log.error("the end of %s cannot be stored: %s", reply.message_id, fault.message)
-            reply.tell({**done, "status": "error", "error": fault.detail(reply.request_id)})
-            if fault.code != "storage_full":
+        except Exception as fault:  # nothing may leave a reply without its end
+            told = fault if isinstance(fault, Problem) else Problem("internal", OUR_ERROR)
+            log.error("the end of %s cannot be stored: %s", reply.message_id, fault, exc_info=told is not fault)
+            reply.tell({**done, "status": "error", "error": told.detail(reply.request_id)})
+            if told.code != "storage_full":
                 break
             await asyncio.sleep(wait)
-        except Exception:  # nothing may leave a reply without its end
-            log.exception("the end of %s cannot be stored", reply.message_id)
-            fault = Problem("internal", "an error of our own; the Domain's log tells more")
-            reply.tell({**done, "status": "error", "error": fault.detail(reply.request_id)})
-            break
     reply.stored = reply.position
     reply.tell(done)
     domain.release(reply)
@@ -1827,8 +1766,8 @@ async def finish(domain: Domain, reply: Run, status: str, problem: Problem | Non
 
 
 async def tend(domain: Domain) -> None:
-    """Twice a second, for all runs at once: store what the Edge has not brought, end what is silent for too long (only when
-    a second look finds nothing either: a process that was stopped finds its data waiting), and wake followers for a ping."""
+    """Twice a second, for all runs: store what the Edge has not brought, end what is silent for too long (only if a
+    second look finds nothing either: a stopped process finds its data waiting), and wake followers for a ping."""
     for beat in itertools.count():
         await asyncio.sleep(0.5)
         clock = time.monotonic()
@@ -1861,19 +1800,19 @@ async def store_run(domain: Domain, reply: Run) -> None:
 async def stream_run(domain: Domain, call: Call, message_id: str, after: int) -> web.StreamResponse:
     """A reply's events strictly after a position as NDJSON: from its run while there is one, else from disk."""
     reply = domain.runs.get(message_id)
-    row = None if reply else await domain.messages.read(find_message, None, message_id)
-    response = web.StreamResponse(headers={"Content-Type": NDJSON})
+    row = None if reply else await domain.messages.read(find_message, {"message_id": message_id, "user_id": None})
+    response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
     with contextlib.suppress(ConnectionError):  # the Edge has gone: it detaches, the run goes on
         await response.prepare(call.request)
         if reply:
-            await follow_live(domain, response, reply, after)
+            await follow_live(response, reply, after)
         else:
             await replay_stored(domain, response, row, after)
     return response
 
 
-async def follow_live(domain: Domain, response: web.StreamResponse, reply: Run, position: int) -> None:
-    await response.write(lines([reply.start(position)]))
+async def follow_live(response: web.StreamResponse, reply: Run, position: int) -> None:
+    await response.write(lines([start_of(vars(reply), position)]))
     written = time.monotonic()
     while True:
         if events := reply.after(position):
@@ -1889,33 +1828,32 @@ async def follow_live(domain: Domain, response: web.StreamResponse, reply: Run, 
         written = time.monotonic()
 
 
-async def replay_stored(domain: Domain, response: web.StreamResponse, row, position: int) -> None:
-    await response.write(lines([stored_start(row, position)]))
+async def replay_stored(domain: Domain, response: web.StreamResponse, row: dict, position: int) -> None:
+    known = {**row, "message_id": row["id"], "user_message_id": row["parent_id"], "user_id": None}
+    await response.write(lines([start_of(known, position)]))
     while pages := await domain.messages.read(read_chunks, row["id"], position, PAGE):
         for parts in pages:
             position += sum(map(size, parts))
             await response.write(lines(parts))
-    row = await domain.messages.read(find_message, None, row["id"])
-    await response.write(lines([stored_done(row)]))
+    await response.write(lines([done_of(await domain.messages.read(find_message, known))]))
 
 
 def lines(events: list[dict]) -> bytes:
     return "".join([encode_json(event) + "\n" for event in events]).encode()
 
 
-def stored_start(row, position: int) -> dict:
-    known = {"message_id": row["id"], "thread_id": row["thread_id"], "user_message_id": row["parent_id"]}
-    return {"type": "start", **known, **pick(row, "speaker", "model"), "position": position}
+def start_of(known: dict, position: int) -> dict:
+    named = pick(known, "message_id", "thread_id", "user_message_id", "speaker", "model")
+    return {"type": "start", **named, "position": position}
 
 
-def stored_done(row) -> dict:
-    usage, timing, error = (row[name] and json.loads(row[name]) for name in ("usage", "timing", "error"))
-    ended = {**pick(row, "status", "position", "stop_reason"), "usage": usage}
-    return {"type": "done", **ended, "timing": timing and {**NO_TIMING, **timing}, "error": error}
+def done_of(row: dict) -> dict:
+    ended = pick(row, "status", "position", "stop_reason", "usage", "error")
+    return {"type": "done", **ended, "timing": row["timing"] and {**NO_TIMING, **row["timing"]}}
 
 
 ################ Beginning and ending a reply
-# Who repeats a request finds what the first one began. A thread has one running reply; it is held before the first await.
+# Who repeats a request finds what the first one began. A thread has one running reply, held before the first await.
 
 
 class Domain:
@@ -1942,8 +1880,8 @@ class Domain:
         if place not in self.clients:
             timeout = anthropic.Timeout(None, connect=CONNECT)
             http = anthropic.DefaultAioHttpClient(follow_redirects=False, timeout=timeout)
-            client = anthropic.AsyncAnthropic(api_key=provider.key, base_url=provider.base_url, http_client=http, max_retries=0)
-            self.clients[place] = client.with_options(timeout=timeout)
+            client = anthropic.AsyncAnthropic(api_key=provider.key, base_url=provider.base_url, http_client=http)
+            self.clients[place] = client.with_options(timeout=timeout, max_retries=0)
         return self.clients[place]
 
     def background(self, work) -> None:
@@ -1957,12 +1895,20 @@ class Domain:
         if not task.cancelled() and task.exception():
             log.error("in the background: %s", task.exception())
 
-    def hold(self, reply: Run) -> None:
-        """Take the thread for this reply, or Problem `thread_busy`."""
+    @contextlib.contextmanager
+    def held(self, reply: Run):
+        """The thread is this reply's, or Problem `thread_busy`; taken back where its first commit fails."""
         if other := self.busy.get(reply.thread_id):
             words = "a reply is still being generated in this thread: attach to it, stop it, or wait"
             raise Problem("thread_busy", words, message_ids=[other.message_id])
         self.busy[reply.thread_id] = reply
+        try:
+            yield
+        except BaseException:
+            reply.inserted.cancel()
+            reply.stop("cancelled")
+            self.release(reply)
+            raise
 
     def release(self, reply: Run) -> None:
         self.runs.pop(reply.message_id, None)
@@ -1975,119 +1921,103 @@ async def begin_once(domain: Domain, call: Call, begin) -> str:
     key = call.arguments["Idempotency-Key"] or str(uuid.uuid4())
     asked = [call.operation.id, dict(call.request.match_info), call.body]
     fingerprint = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    values = {"user_id": call.user_id, "key": key, "request_hash": fingerprint}
     async with domain.locks.setdefault((call.user_id, key), asyncio.Lock()):
-        known = await domain.messages.read(find_idempotency_key, call.user_id, key)
-        if known is None:
-            return await begin(domain, call, {"user_id": call.user_id, "key": key, "request_hash": fingerprint})
-    if known["request_hash"] != fingerprint:
+        known = await domain.messages.read(find_idempotency_key, values)
+        if not known:
+            return await begin(domain, call, values)
+    if known[0]["request_hash"] != fingerprint:
         words = "this Idempotency-Key was used with another body: take a new one"
         raise Problem("conflict", words, field="Idempotency-Key")
-    return known["message_id"]
+    return known[0]["message_id"]
 
 
 async def begin_message(domain: Domain, call: Call, key: dict) -> str:
     """A user's message and the run of its reply; a new thread where none is named."""
-    body, user_id, time = call.body, call.user_id, now()
+    body = call.body
     if fresh := "thread_id" not in body:
         if "parent_id" in body:
             raise Problem("invalid_request", "parent_id needs the thread_id of its thread", field="parent_id")
-        fields = {"title": title_of(body["content"]), "system": body.get("system"), "model": body.get("model")}
-        thread = new_thread(user_id, key["key"], fields)
+        thread = new_thread(call, key["key"], title=title_of(body["content"]))
     else:
-        thread = await domain.liminal.read(find_thread, user_id, body["thread_id"])
+        thread = await domain.liminal.read(find_thread, asked(call))
     provider, model = await find_model(domain, body.get("model") or thread["model"])
-    parts, message_id = [{"type": "text", "text": body["content"]}], str(uuid.uuid4())
-    reply = Run(thread["id"], user_id, message_id, provider, model, call.request_id)
-    domain.hold(reply)
-    try:
+    reply = Run(call, thread["id"], str(uuid.uuid4()), provider, model)
+    with domain.held(reply):
         parent = None
         if not fresh:
-            await domain.liminal.read(find_thread, user_id, thread["id"])  # it was not deleted before we held it
-            parent = await find_parent(domain, user_id, thread["id"], body.get("parent_id"))
-        system = body.get("system", thread["system"])
-        reply.request = await make_request(domain, reply, body, parent, parts, system)
-        said = {"id": message_id, "parent_id": parent, "role": "user", "model": None, "status": "complete"}
-        said |= {"thread_id": thread["id"], "user_id": user_id, "created_at": time, "completed_at": time}
-        await commit_start(domain, reply, thread if fresh else None, [said, reply_row(reply)], {message_id: parts}, key)
-    except BaseException:
-        drop(domain, reply)
-        raise
-    if not fresh:
-        domain.background(domain.liminal.write(touch_thread, thread["id"], time, title_of(body["content"])))
+            await domain.liminal.read(find_thread, vars(reply))  # it was not deleted before we held it
+            parent = await find_parent(domain, reply.user_id, reply.thread_id, body.get("parent_id"))
+        said = [{"type": "text", "text": body["content"]}]
+        await make_request(domain, reply, body, parent, said, body.get("system", thread["system"]))
+        await commit_start(domain, reply, thread if fresh else None, parent, said, key)
     return reply.message_id
 
 
 async def begin_retry(domain: Domain, call: Call, key: dict) -> str:
     """A new reply to the user's message that this one is, or answers."""
-    user_id = call.user_id
-    row = await domain.messages.read(find_message, user_id, call.arguments["message_id"])
+    row = await domain.messages.read(find_message, asked(call))
     target = row["id"] if row["role"] == "user" else row["parent_id"]
-    thread = await domain.liminal.read(find_thread, user_id, row["thread_id"])
+    thread = await domain.liminal.read(find_thread, {"user_id": call.user_id, "thread_id": row["thread_id"]})
     provider, model = await find_model(domain, call.body.get("model") or row["model"] or thread["model"])
-    reply = Run(thread["id"], user_id, target, provider, model, call.request_id)
-    domain.hold(reply)
-    try:
-        await domain.messages.read(find_message, user_id, target)
-        reply.request = await make_request(domain, reply, call.body, target, [], thread["system"])
-        await commit_start(domain, reply, None, [reply_row(reply)], {}, key)
-    except BaseException:
-        drop(domain, reply)
-        raise
-    domain.background(domain.liminal.write(touch_thread, thread["id"], now(), None))
+    reply = Run(call, thread["id"], target, provider, model)
+    with domain.held(reply):
+        await domain.messages.read(find_message, {"user_id": call.user_id, "message_id": target})
+        await make_request(domain, reply, call.body, target, [], thread["system"])
+        await commit_start(domain, reply, None, None, [], key)
     return reply.message_id
 
 
 async def find_parent(domain: Domain, user_id: str, thread_id: str, ref: str | None) -> str | None:
+    values = {"user_id": user_id, "thread_id": thread_id, "message_id": ref}
     if ref is None:
-        return await domain.messages.read(newest_finished, thread_id)
-    row = await domain.messages.read(find_message, user_id, ref)
+        return next((row["id"] for row in await domain.messages.read(newest_finished, values)), None)
+    row = await domain.messages.read(find_message, values)
     if row["thread_id"] != thread_id:
         raise Problem("not_found", f"there is no message {ref!r} in this thread", field="parent_id")
     return row["id"]
 
 
-async def make_request(domain: Domain, reply: Run, body: dict, parent: str | None, parts: list, system: str | None) -> dict:
-    """What a provider's reader needs. `tokens` estimates the prompt, for a provider that does not tell; `rounds` holds, in
-    the provider's own form, what this run's tool rounds have added."""
-    messages = await domain.messages.read(read_prompt, parent, parts, system, domain.settings.context)
-    tokens = tokens_of(system or "") + sum(part_tokens(part) for message in messages for part in message["parts"])
-    asked = {name: body.get(name) for name in ("max_tokens", "temperature")}
-    wanted = body.get("tools")
+async def make_request(
+    domain: Domain, reply: Run, body: dict, parent: str | None, said: list, system: str | None
+) -> None:
+    """What a provider's reader needs. `tokens` estimates the prompt, for a provider that does not tell; `rounds` holds,
+    in the provider's own form, what this run's tool rounds have added."""
+    messages = await domain.messages.read(read_prompt, parent, said, system, domain.settings.context)
+    tokens, wanted = tokens_of(system or "") + prompt_tokens(messages), body.get("tools")
     if wanted is not False and not reply.model.startswith("demo/load"):
         reply.tools, reply.allow = await domain.tools.offered(wanted), body.get("allow") or []
-    known = {"model": reply.model.partition("/")[2], "system": system, "messages": messages, "tokens": tokens, "rounds": []}
-    return {**known, **asked, "tools": reply.tools, "options": body.get("options") or {}}
+    asked = {"max_tokens": body.get("max_tokens"), "temperature": body.get("temperature")}
+    asked |= {"model": reply.model.partition("/")[2], "tools": reply.tools, "options": body.get("options") or {}}
+    reply.request = {**asked, "system": system, "messages": messages, "tokens": tokens, "rounds": []}
 
 
-async def commit_start(domain: Domain, reply: Run, thread: dict | None, rows: list, texts: dict, key: dict) -> None:
-    """Call the provider, and meanwhile put on disk what the client is about to be told: first the thread, then messages
-    and key in one transaction. A failed insert closes the call."""
+async def commit_start(domain: Domain, reply: Run, thread: dict | None, parent: str | None, said: list, key: dict):
+    """Call the provider, and meanwhile put on disk what the client is about to be told: first a new thread, then a new
+    user's message, the reply and the key, in one transaction. A failed insert closes the call."""
     domain.runs[reply.message_id] = reply
     reply.task = asyncio.create_task(run(domain, reply))
     if thread:
         await domain.liminal.write(insert_thread, thread)
-    key = {**key, "message_id": reply.message_id, "created_at": reply.created_at}
-    await domain.messages.write(insert_exchange, rows, texts, key)
+    time, common = reply.created_at, pick(vars(reply), "thread_id", "user_id", "created_at")
+    user = {"id": reply.user_message_id, "parent_id": parent, "role": "user", "model": None, "status": "complete"}
+    answer = {"id": reply.message_id, "parent_id": reply.user_message_id, "role": "assistant", "model": reply.model}
+    rows = [{**common, **user, "completed_at": time}] if said else []
+    rows.append({**common, **answer, "status": "pending", "completed_at": None})
+    key = {**key, "message_id": reply.message_id, "created_at": time}
+    await domain.messages.write(insert_exchange, rows, said, key)
     reply.inserted.set_result(None)
+    if not thread:
+        title = title_of(said[0]["text"]) if said else None
+        domain.background(domain.liminal.write(touch_thread, {"id": reply.thread_id, "time": time, "title": title}))
 
 
-def drop(domain: Domain, reply: Run) -> None:
-    """Take back a reply whose first commit failed."""
-    reply.inserted.cancel()
-    reply.stop("cancelled")
-    domain.release(reply)
-
-
-def reply_row(reply: Run) -> dict:
-    row = {"id": reply.message_id, "parent_id": reply.user_message_id, "role": "assistant", "model": reply.model}
-    row |= {"thread_id": reply.thread_id, "user_id": reply.user_id, "status": "pending"}
-    return {**row, "created_at": reply.created_at, "completed_at": None}
-
-
-def new_thread(user_id: str, key: str, fields: dict) -> dict:
-    """Its id is derived from user and Idempotency-Key, so that a repeated POST means the same thread."""
-    thread_id, time = str(uuid.uuid5(uuid.UUID(user_id), key)), now()
-    return {"id": thread_id, "user_id": user_id, **fields, "created_at": time, "updated_at": time}
+def new_thread(call: Call, key: str | None = None, **more) -> dict:
+    """A thread's row. Its id is derived from user and Idempotency-Key: a repeated POST means the same thread."""
+    fields = ("title", "system", "model", "forked_from_thread_id", "forked_from_message_id")
+    key, time = key or call.arguments["Idempotency-Key"] or str(uuid.uuid4()), now()
+    known = {"id": str(uuid.uuid5(uuid.UUID(call.user_id), key)), "created_at": time, "updated_at": time}
+    return {**{name: call.body.get(name) for name in fields}, **more, **known, "user_id": call.user_id}
 
 
 def title_of(content: str) -> str:
@@ -2102,6 +2032,35 @@ def title_of(content: str) -> str:
 # Bound by operationId. `call` is checked already; what is returned is checked on its way out.
 
 
+def asked(call: Call) -> dict:
+    """What a call asks by name, as values for statements; whose call it is cannot be asked."""
+    return {**call.arguments, **(call.body or {}), "user_id": call.user_id, "time": now()}
+
+
+def job(database: str, way: str, fn, name: str | None = None):
+    """A handler that is one statement, of the call's own values; `name` is what its rows are called in the reply."""
+
+    async def handler(domain: Domain, call: Call):
+        found = await getattr(getattr(domain, database), way)(fn, asked(call))
+        return {name: found} if name else found
+
+    return handler
+
+
+domain_add_reaction = job("messages", "write", insert_reaction, "reactions")
+domain_remove_reaction = job("messages", "write", delete_reaction, "reactions")
+domain_search_messages = job("messages", "read", search_texts, "results")
+domain_list_threads = job("liminal", "read", select_threads, "threads")
+domain_get_thread = job("liminal", "read", find_thread)
+domain_update_thread = job("liminal", "write", change_thread)
+domain_list_users = job("liminal", "read", select_users, "users")
+domain_list_keys = job("liminal", "read", select_keys, "keys")
+domain_revoke_key = job("liminal", "write", remove_key)
+domain_find_caller = job("liminal", "write", touch_caller)
+domain_create_session = job("liminal", "write", insert_session)
+domain_delete_session = job("liminal", "write", remove_session)
+
+
 async def domain_send_message(domain: Domain, call: Call):
     return await stream_run(domain, call, await begin_once(domain, call, begin_message), 0)
 
@@ -2113,83 +2072,65 @@ async def domain_retry_message(domain: Domain, call: Call):
 async def domain_stream_message(domain: Domain, call: Call):
     row = await find_reply(domain, call)
     after, reply = call.arguments["after"] or 0, domain.runs.get(row["id"])
-    error = row["error"] and json.loads(row["error"])["code"]
-    if after > (reply.position if reply else row["position"]) and error != "interrupted":
+    interrupted = row["error"] and row["error"]["code"] == "interrupted"
+    if after > (reply.position if reply else row["position"]) and not interrupted:
         raise Problem("invalid_request", f"position {after} is past the end of this reply", field="after")
     return await stream_run(domain, call, row["id"], after)
 
 
 async def domain_get_message(domain: Domain, call: Call):
-    message = await domain.messages.read(read_message, call.user_id, call.arguments["message_id"])
-    reply = domain.runs.get(message["id"])
-    return with_run(message, reply) if reply else message
+    return with_run(domain, await domain.messages.read(read_message, asked(call)))
 
 
 async def domain_list_messages(domain: Domain, call: Call):
-    thread = await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
-    asked = thread["id"], call.arguments["after"] or 0, call.arguments["limit"]
-    found = await domain.messages.read(select_messages, call.user_id, *asked)
-    running = [domain.runs.get(message["id"]) for message in found]
-    return {"messages": [with_run(message, reply) if reply else message for message, reply in zip(found, running)]}
+    thread = await domain.liminal.read(find_thread, asked(call))
+    found = await domain.messages.read(select_messages, {**asked(call), "thread_id": thread["id"]})
+    return {"messages": [with_run(domain, message) for message in found]}
 
 
-def with_run(message: dict, reply: Run) -> dict:
-    """A message with what its run holds beyond the disk."""
-    parts = joined(reply.after(0, None))
-    content = "".join(part["text"] for part in parts if part["type"] == "text")
-    status = "streaming" if reply.position else "pending"
-    return {**message, "parts": parts, "content": content, "position": reply.position, "status": status}
+def with_run(domain: Domain, message: dict) -> dict:
+    """A message with what its run, if there is one, holds beyond the disk."""
+    reply = domain.runs.get(message["id"])
+    if reply is None:
+        return message
+    parts, status = joined(reply.after(0, None)), "streaming" if reply.position else "pending"
+    return {**message, "parts": parts, "content": text_of(parts), "position": reply.position, "status": status}
 
 
 async def domain_cancel_message(domain: Domain, call: Call):
+    """The receipt. `upstream_closed` is true by construction: a run ends only after its provider's connection."""
     row = await find_reply(domain, call)
     if reply := domain.runs.get(row["id"]):
         reply.stop("cancelled")
         while not reply.done:
             await reply.changed()
-        return receipt(row["id"], reply.done)
-    done = stored_done(await domain.messages.read(find_message, call.user_id, row["id"]))
-    return receipt(row["id"], done)
-
-
-def receipt(message_id: str, done: dict) -> dict:
-    """`upstream_closed` is true by construction: a run ends only after its provider's connection has been closed."""
-    return {"message_id": message_id, **pick(done, "status", "position", "usage"), "upstream_closed": True}
+    done = reply.done if reply else await domain.messages.read(find_message, {**asked(call), "message_id": row["id"]})
+    return {"message_id": row["id"], **pick(done, "status", "position", "usage"), "upstream_closed": True}
 
 
 async def find_reply(domain: Domain, call: Call):
-    row = await domain.messages.read(find_message, call.user_id, call.arguments["message_id"])
+    row = await domain.messages.read(find_message, asked(call))
     if row["role"] != "assistant":
         raise Problem("invalid_request", "this is a user's message, not a reply", field="message_id")
     return row
 
 
-async def domain_add_reaction(domain: Domain, call: Call):
-    asked = call.user_id, call.arguments["message_id"], call.body["emoji"]
-    return {"reactions": await domain.messages.write(insert_reaction, *asked)}
-
-
-async def domain_remove_reaction(domain: Domain, call: Call):
-    asked = call.user_id, call.arguments["message_id"], call.arguments["emoji"]
-    return {"reactions": await domain.messages.write(delete_reaction, *asked)}
-
-
 async def domain_list_runs(domain: Domain, call: Call):
     names = ("message_id", "thread_id", "user_id", "model", "speaker", "position", "stored", "created_at")
     mine = [reply for reply in domain.runs.values() if call.user_id in (None, reply.user_id) and reply.inserted.done()]
-    return {"runs": [{name: getattr(reply, name) for name in names} for reply in mine]}
+    return {"runs": [pick(vars(reply), *names) for reply in mine]}
 
 
 async def domain_get_stats(domain: Domain, call: Call):
-    ttft = {f"{hop}_ttft_ms": domain.metrics.quantiles(f"liminal_{hop}_ttft_seconds", 1000) for hop in ("provider", "domain")}
-    rate = domain.metrics.quantile("liminal_tokens_per_second", 0.5)
-    models = await domain.messages.read(sum_models, call.user_id)
-    return {**ttft, "tokens_per_s": rate, "tokens": domain.tokens, "runs": len(domain.runs), "models": models}
+    told, models = domain.metrics, await domain.messages.read(sum_models, asked(call))
+    ttft = {f"{hop}_ttft_ms": told.quantiles(f"liminal_{hop}_ttft_seconds", 1000) for hop in ("provider", "domain")}
+    rest = {"tokens": domain.tokens, "runs": len(domain.runs), "models": models}
+    return {**ttft, "tokens_per_s": told.quantile("liminal_tokens_per_second", 0.5), **rest}
 
 
 async def domain_get_status(domain: Domain, call: Call):
-    folder = domain.settings.data
-    return {"databases": {name: await asyncio.to_thread(check_database, folder / name) for name in ("liminal.db", "messages.db")}}
+    paths = [domain.settings.data / name for name in ("liminal.db", "messages.db")]
+    return {"databases": {path.name: await asyncio.to_thread(check_database, path) for path in paths}}
 
 
 async def domain_store_bundles(domain: Domain, call: Call):
@@ -2211,54 +2152,28 @@ def fill_gap(reply: Run | None, bundle: dict) -> dict:
     return {**bundle, "position": reply.stored, "parts": first_positions(held, end - reply.stored)}
 
 
-def first_positions(events: list[dict], count: int) -> list[dict]:
-    """The events up to their `count`-th position."""
-    made = []
-    for event in events:
-        if count <= 0:
-            break
-        made.append({**event, "text": event["text"][:count]} if size(event) > count else event)
-        count -= size(event)
-    return made
-
-
 ################ Handlers: threads, models, providers, users, keys
 
 
 async def domain_create_thread(domain: Domain, call: Call):
-    fields = {**dict.fromkeys(("title", "system", "model")), **call.body}
-    thread = new_thread(call.user_id, call.arguments["Idempotency-Key"] or str(uuid.uuid4()), fields)
+    thread = new_thread(call)
     await domain.liminal.write(insert_thread, thread)
-    return await domain.liminal.read(find_thread, call.user_id, thread["id"])
+    return await domain.liminal.read(find_thread, {**thread, "thread_id": thread["id"]})
 
 
 async def domain_fork_thread(domain: Domain, call: Call):
-    """The copy has new ids, derived so that a repeated POST makes no second one; the thread is written first, as ever."""
-    old = await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
+    """The copy's new ids are derived, so that a repeated POST makes no second one; the thread is written first."""
+    old = await domain.liminal.read(find_thread, asked(call))
     last = await find_parent(domain, call.user_id, old["id"], call.body["message_id"])
-    fields = {**pick(old, "title", "system", "model"), "forked_from": {"thread_id": old["id"], "message_id": last}}
-    thread = new_thread(call.user_id, call.arguments["Idempotency-Key"] or str(uuid.uuid4()), fields)
+    more = {"forked_from_thread_id": old["id"], "forked_from_message_id": last, **pick(old, "title", "system", "model")}
+    thread = new_thread(call, **more)
     await domain.liminal.write(insert_thread, thread)
     await domain.messages.write(copy_way, last, thread["id"])
-    return await domain.liminal.read(find_thread, call.user_id, thread["id"])
-
-
-async def domain_list_threads(domain: Domain, call: Call):
-    asked = call.user_id, call.arguments["limit"], call.arguments["before"]
-    return {"threads": await domain.liminal.read(select_threads, *asked)}
-
-
-async def domain_get_thread(domain: Domain, call: Call):
-    return await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
-
-
-async def domain_update_thread(domain: Domain, call: Call):
-    return await domain.liminal.write(change_thread, call.user_id, call.arguments["thread_id"], call.body)
+    return await domain.liminal.read(find_thread, {**thread, "thread_id": thread["id"]})
 
 
 async def domain_delete_thread(domain: Domain, call: Call):
-    thread = await domain.liminal.read(find_thread, call.user_id, call.arguments["thread_id"])
-    await delete_threads(domain, [thread["id"]])
+    await delete_threads(domain, [(await domain.liminal.read(find_thread, asked(call)))["id"]])
 
 
 async def delete_threads(domain: Domain, ids: list[str]) -> None:
@@ -2268,25 +2183,27 @@ async def delete_threads(domain: Domain, ids: list[str]) -> None:
             reply.stop("cancelled")
         await asyncio.wait([reply.ended for reply in running])
     for thread_id in ids:
-        await domain.liminal.write(remove_thread, thread_id)
+        await domain.liminal.write(remove_thread, {"id": thread_id})
     await domain.messages.write(remove_messages, ids)
 
 
 async def domain_list_models(domain: Domain, call: Call):
     providers = list(domain.providers().values())
-    asked = await asyncio.gather(*[ask_models(domain, provider) for provider in providers])
+    answers = await asyncio.gather(*[ask_models(domain, provider) for provider in providers])
     default, models = await default_model(domain), []
-    for provider, (found, why) in zip(providers, asked):
+    for provider, (found, why) in zip(providers, answers):
+        why = why or (None if found else "it has no models")
         for model in found or ["*"]:
             name = f"{provider.name}/{model}"
-            usable = {"available": why is None and bool(found), "why": why or (None if found else "it has no models")}
-            models.append({"id": name, "provider": provider.name, "default": name == default, **usable})
+            known = {"id": name, "provider": provider.name, "default": name == default}
+            models.append({**known, "available": why is None, "why": why})
     return {"models": models}
 
 
 async def domain_list_tools(domain: Domain, call: Call):
     await domain.tools.offered(None)
-    return {"servers": [describe_server(domain, server) for server in domain.tools.servers.values()], "why": domain.tools.why}
+    servers = [describe_server(domain, server) for server in domain.tools.servers.values()]
+    return {"servers": servers, "why": domain.tools.why}
 
 
 def describe_server(domain: Domain, server: ToolServer) -> dict:
@@ -2297,114 +2214,73 @@ def describe_server(domain: Domain, server: ToolServer) -> dict:
     return {**pick(vars(server), "name", "state", "why"), "tools": tools}
 
 
-async def domain_search_messages(domain: Domain, call: Call):
-    found = await domain.messages.read(search_texts, call.user_id, call.arguments["q"], call.arguments["limit"])
-    return {"results": found}
-
-
 async def domain_list_providers(domain: Domain, call: Call):
     return {"providers": [describe(provider) for provider in domain.providers().values()]}
 
 
 def describe(provider: Provider) -> dict:
-    fields = {name: getattr(provider, name) for name in ("name", "kind", "base_url", "key_env", "built_in", "models", "prices")}
-    return {**fields, "key_set": bool(provider.key)}
+    return {**{name: value for name, value in vars(provider).items() if name != "key"}, "key_set": bool(provider.key)}
 
 
 async def domain_put_provider(domain: Domain, call: Call):
     name, body = call.arguments["name"], call.body
     if name in all_providers(domain.settings, []):
         raise Problem("conflict", f"{name} is built in; its variables change it (see `liminal --help`)", field="name")
+    words = "a provider of this kind needs"
     if body["kind"] != "demo" and not body.get("base_url"):
-        raise Problem("invalid_request", "a provider of this kind needs its base_url", field="base_url")
+        raise Problem("invalid_request", f"{words} its base_url", field="base_url")
     if body["kind"] == "anthropic" and not body.get("key_env"):
-        raise Problem("invalid_request", "a provider of this kind needs a key: name its variable in key_env", field="key_env")
-    fields = {"base_url": body.get("base_url"), "key_env": body.get("key_env")}
-    row = {"name": name, "kind": body["kind"], **fields, "models": body.get("models") or [], "prices": body.get("prices") or {}}
+        raise Problem("invalid_request", f"{words} a key: name its variable in key_env", field="key_env")
+    lists = {"models": body.get("models") or [], "prices": body.get("prices") or {}}
+    row = {**dict.fromkeys(("base_url", "key_env")), **body, **lists, "name": name}
     await domain.liminal.write(replace_provider, row)
     domain.own_providers = await domain.liminal.read(select_providers)
     return describe(domain.providers()[name])
 
 
 async def domain_delete_provider(domain: Domain, call: Call):
-    if not await domain.liminal.write(remove_provider, call.arguments["name"]):
+    if not await domain.liminal.write(remove_provider, asked(call)):
         raise Problem("not_found", f"there is no provider {call.arguments['name']!r} of your own")
     domain.own_providers = await domain.liminal.read(select_providers)
 
 
 async def domain_create_user(domain: Domain, call: Call):
-    role = call.body.get("role", "member")
-    user = {"id": str(uuid.uuid4()), "name": call.body["name"], "role": role, "created_at": now()}
+    user = {"role": "member", **call.body, "id": str(uuid.uuid4()), "created_at": now()}
     return await domain.liminal.write(insert_user, user)
 
 
-async def domain_list_users(domain: Domain, call: Call):
-    return {"users": await domain.liminal.read(select_users)}
-
-
 async def domain_delete_user(domain: Domain, call: Call):
-    user = await domain.liminal.read(find_user, call.arguments["user_id"])
+    user = await domain.liminal.read(find_user, call.arguments)
     if user["id"] == call.user_id:
         raise Problem("conflict", "you cannot delete yourself")
-    await delete_threads(domain, sorted(await domain.liminal.read(thread_ids, user["id"])))
-    await domain.messages.write(remove_user_keys, user["id"])
-    await domain.liminal.write(remove_user, user["id"])
+    threads = await domain.liminal.read(thread_ids, {"user_id": user["id"]})
+    await delete_threads(domain, [thread["id"] for thread in threads])
+    await domain.messages.write(remove_user_keys, user)
+    await domain.liminal.write(remove_user, user)
     return user
 
 
 async def domain_create_key(domain: Domain, call: Call):
     owner_id = call.user_id
     if ref := call.body.get("user_id"):
-        users = await domain.liminal.read(select_users)
-        if not any(user["id"] == call.user_id and user["role"] == "owner" for user in users) and ref != call.user_id:
+        caller = await domain.liminal.read(find_user, {"user_id": call.user_id})
+        if caller["role"] != "owner" and ref != call.user_id:
             raise Problem("forbidden", "only an owner makes keys for others", field="user_id")
-        owner_id = (await domain.liminal.read(find_user, ref))["id"]
+        owner_id = (await domain.liminal.read(find_user, {"user_id": ref}))["id"]
     secret = make_secret()
-    key = await domain.liminal.write(insert_key, new_key(owner_id, call.body["name"], secret), hash_of(secret))
-    return {**key, "secret": secret}
-
-
-async def domain_list_keys(domain: Domain, call: Call):
-    return {"keys": await domain.liminal.read(select_keys, await own_or_all(domain, call))}
-
-
-async def domain_revoke_key(domain: Domain, call: Call):
-    return await domain.liminal.write(remove_key, await own_or_all(domain, call), call.arguments["key_id"])
-
-
-async def own_or_all(domain: Domain, call: Call) -> str | None:
-    """Whose keys the caller may see: their own, or everyone's (None) for an owner."""
-    user = await domain.liminal.read(find_user, call.user_id)
-    return None if user["role"] == "owner" else user["id"]
+    key = new_key(owner_id, call.body["name"], secret)
+    await domain.liminal.write(insert_key, key)
+    return {**{name: value for name, value in key.items() if name != "hash"}, "secret": secret}
 
 
 def make_secret() -> str:
     return "lt_sk_" + secrets.token_urlsafe(32)
 
 
-def hash_of(secret: str) -> str:
-    """A secret of 256 random bits needs no salt and no slow hash."""
-    return hashlib.sha256(secret.encode()).hexdigest()
-
-
 def new_key(user_id: str, name: str, secret: str) -> dict:
-    key = {"id": str(uuid.uuid4()), "user_id": user_id, "name": name, "prefix": secret[:10]}
-    return {**key, "created_at": now(), "last_used_at": None}
-
-
-async def domain_find_caller(domain: Domain, call: Call):
-    caller = await domain.liminal.write(touch_caller, call.body["hash"], now())
-    if caller is None:
-        raise Problem("unauthorized", "this key is not known, or was revoked")
-    return caller
-
-
-async def domain_create_session(domain: Domain, call: Call):
-    await domain.liminal.write(insert_session, {**call.body, "created_at": now()})
-
-
-async def domain_delete_session(domain: Domain, call: Call):
-    await domain.liminal.write(remove_session, call.arguments["hash"])
+    """A key's row. A secret of 256 random bits needs no salt and no slow hash."""
+    known = {"id": str(uuid.uuid4()), "user_id": user_id, "name": name, "prefix": secret[:10]}
+    return {**known, "hash": hashlib.sha256(secret.encode()).hexdigest(), "created_at": now(), "last_used_at": None}
 
 
 async def health(domain: Domain, call: Call):
@@ -2436,7 +2312,8 @@ async def authenticate(domain: Domain, call: Call) -> None:
     times = [claims[name] for name in ("iat", "exp") if isinstance(claims[name], (int, float))]
     fits = claims["sub"] == "edge-service" and len(times) == 2 and times[1] - times[0] <= LIFETIME
     if not fits or not isinstance(claims["scopes"], list):
-        raise Problem("unauthorized", "the Edge's token is not valid: its subject, lifetime or scopes are not as agreed")
+        words = "its subject, lifetime or scopes are not as agreed"
+        raise Problem("unauthorized", f"the Edge's token is not valid: {words}")
     lacking = set(call.operation.security["edge"]) - set(map(str, claims["scopes"]))
     if lacking:
         raise Problem("forbidden", f"the Edge's token lacks the scope {min(lacking)}")
@@ -2453,7 +2330,8 @@ def edge_public_key(domain: Domain):
             text = given.replace("\\n", "\n") if "-----BEGIN" in given else path.read_text()
             domain.public_key = seen, load_pem_public_key(text.encode())
         except (OSError, ValueError) as error:
-            raise Problem("unauthorized", f"the Edge's public key cannot be read ({error}): start the Edge once") from None
+            words = f"the Edge's public key cannot be read ({error}): start the Edge once"
+            raise Problem("unauthorized", words) from None
     return domain.public_key[1]
 
 
@@ -2483,13 +2361,13 @@ async def make_app(settings: Settings) -> web.Application:
     own = {name: fn for name, fn in globals().items() if name.startswith("domain_") or name in ("health", "metrics")}
     handlers = {name: functools.partial(fn, domain) for name, fn in own.items()}
     app = make_application("domain", handlers, functools.partial(authenticate, domain), settings, domain.metrics)
-    domain.http = aiohttp.ClientSession(
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT), connector=aiohttp.TCPConnector(limit=0)
-    )
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT)
+    domain.http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
     await make_owner(domain)
     domain.own_providers = await domain.liminal.read(select_providers)
-    error = Problem("interrupted", "the Domain ended while this reply was being generated: retry").detail(None)
-    if count := await domain.messages.write(interrupt_unfinished, error):
+    fault = Problem("interrupted", "the Domain ended while this reply was being generated: retry")
+    values = {"error": encode_json(fault.detail(None)), "time": now()}
+    if count := await domain.messages.write(interrupt_unfinished, values):
         log.warning("%d replies had been interrupted", count)
     domain.background(sweep(domain))
     domain.background(tend(domain))
@@ -2499,8 +2377,8 @@ async def make_app(settings: Settings) -> web.Application:
 
 
 async def make_owner(domain: Domain) -> None:
-    """At the first start: an owner, whose key goes to data/cli.key. The file comes first, so that a crash between the two
-    leaves a key that the next start takes up."""
+    """At the first start: an owner, whose key goes to data/cli.key. The file comes first, so that a crash between the
+    two leaves a key that the next start takes up."""
     if await domain.liminal.read(select_users):
         return
     path = domain.settings.data / "cli.key"
@@ -2510,16 +2388,16 @@ async def make_owner(domain: Domain) -> None:
 
     def insert_owner(db):
         insert_user(db, {"id": user_id, "name": "owner", "role": "owner", "created_at": now()})
-        insert_key(db, new_key(user_id, "cli", secret), hash_of(secret))
+        insert_key(db, new_key(user_id, "cli", secret))
 
     await domain.liminal.write(insert_owner)
 
 
 async def sweep(domain: Domain) -> None:
-    """Delete messages of no thread: liminal.db says which exist. In this order no new thread can be taken for a lost one."""
-    found = await domain.messages.read(message_threads)
-    lost = sorted(found - await domain.liminal.read(thread_ids))
-    if lost:
+    """Delete messages of no thread: liminal.db says which exist. In this order no new thread can seem a lost one."""
+    found = {row["thread_id"] for row in await domain.messages.read(message_threads)}
+    known = {row["id"] for row in await domain.liminal.read(thread_ids, {"user_id": None})}
+    if lost := sorted(found - known):
         log.warning("%d threads had left messages behind", len(lost))
         await domain.messages.write(remove_messages, lost)
 
