@@ -455,7 +455,7 @@ def test_users_are_made_listed_and_deleted_with_all_that_is_theirs(shared):
     key = status(shared.api("POST", "/api/v1/keys", {"name": "k", "user_id": user["id"]}), 201)
     with shared.stream({"content": "x", "model": ECHO}, key=key["secret"]) as stream:
         ids = next(iter(stream)).data
-    status(shared.api("DELETE", f"/api/v1/users/{user['id']}"), 204)
+    assert status(shared.api("DELETE", f"/api/v1/users/{user['id']}"), 200) == user
     assert user not in status(shared.api("GET", "/api/v1/users"), 200)["users"]
     assert shared.sql("messages.db", "select count(*) from messages where thread_id = ?", ids["thread_id"]) == [(0,)]
     assert shared.sql("liminal.db", "select count(*) from api_keys where user_id = ?", user["id"]) == [(0,)]
@@ -465,7 +465,7 @@ def test_user_name_is_taken_once(shared):
     user = status(shared.api("POST", "/api/v1/users", {"name": "twin"}), 201)
     error = refused(shared, "conflict", 409, path="/api/v1/users", body={"name": "twin"})
     assert error["field"] == "name" and "twin" in error["message"]
-    status(shared.api("DELETE", f"/api/v1/users/{user['id'][:8]}"), 204)
+    assert status(shared.api("DELETE", f"/api/v1/users/{user['id'][:8]}"), 200) == user
 
 
 def test_owner_cannot_delete_themselves(shared):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from conftest import status, text
+from provider import anthropic_stream, openai_stream
 
 WAYS = {
     "whole": lambda data: [data],
@@ -20,6 +21,7 @@ STREAMS = {
     "openai_parallel_tool_calls_usage.sse": "tool_use",
     "ollama_reasoning.sse": "end_turn",
 }
+AGAIN = {"anthropic": anthropic_stream, "openai": openai_stream}  # what follows where tools are called
 BROKEN = {
     "anthropic_overloaded_midstream.CONSTRUCTED.sse": ("provider_overloaded", "Overloaded"),
     "openrouter_comments_midstream_error.sse": None,
@@ -77,6 +79,8 @@ def play(shared, fixtures_dir, name: str, way: str) -> tuple[list[dict], list, d
     data += b"\n\n" if name == "anthropic_text_ping.sse" else b""  # recorded without its last blank line
     shared.provider.script(*WAYS[way](data))
     kind = "anthropic" if name.startswith("anthropic") else "openai"
+    if STREAMS.get(name) == "tool_use":
+        shared.provider.script(*AGAIN[kind]("over", stop="max_tokens", input_tokens=0))
     events = shared.send("hello", model=f"{kind}/recorded")
     return frames(data), events, status(shared.api("GET", f"/api/v1/messages/{events[0].data['message_id']}"), 200)
 
@@ -87,7 +91,16 @@ def test_a_recorded_stream_gives_its_parts_its_reason_and_its_usage(shared, fixt
     played, events, message = play(shared, fixtures_dir, name, way)
     parts, usage = (anthropic_expected if name.startswith("anthropic") else openai_expected)(played)
     assert (message["status"], message["error"]) == ("complete", None)
-    assert message["parts"] == parts and message["stop_reason"] == events[-1].data["stop_reason"] == STREAMS[name]
+    if STREAMS[name] == "tool_use":
+        calls = [part for part in parts if part["type"] == "tool_call"]
+        *found, last = message["parts"]
+        results, message["parts"] = found[len(parts) :], found[: len(parts)]
+        assert [one["tool_call_id"] for one in results] == [one["tool_call_id"] for one in calls] and last[
+            "text"
+        ] == "over"
+        usage["output_tokens"] += 1
+    assert message["parts"] == parts and message["stop_reason"] == events[-1].data["stop_reason"]
+    assert message["stop_reason"] == ("max_tokens" if STREAMS[name] == "tool_use" else STREAMS[name])
     if usage["input_tokens"] is None:
         assert message["usage"]["estimated"]
     else:

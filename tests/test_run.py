@@ -11,7 +11,7 @@ import pytest
 
 from conftest import ROOT, free_ports
 
-PIP = '#!/bin/sh\n[ "$1" = "${0%/*}/../../liminal.py" ] && exec PYTHON "$@"\necho "$@" >> "${0%/*}/calls"\n'
+PIP = '#!/bin/sh\n[ "$1" = "${0%/*}/../../liminal.py" ] && exec PYTHON "$@"\n[ "$3" = --version ] || echo "$@" >> "${0%/*}/calls"\n'
 LIMINAL = '#!/bin/sh\nexec PYTHON "${0%/*}/../../liminal.py" "$@"\n'
 STUB = '#!/bin/sh\necho "$@" >> "$0.calls"\ncase "$*" in *REFUSED*) exit 1;; esac\n'
 
@@ -122,7 +122,7 @@ def test_without_a_mark_it_installs_into_the_venv_that_is_there(checkout):
 
 def test_a_failed_installation_is_tried_again(checkout):
     (checkout.venv / "installed").unlink()
-    script(checkout.venv / "bin/python", "#!/bin/sh\nexit 1\n")
+    script(checkout.venv / "bin/python", '#!/bin/sh\n[ "$3" = --version ]\n')
     run = checkout.run("--help")
     assert run.returncode == 1 and run.stdout == "" and run.stderr.splitlines()[-1].startswith("liminal: ")
     checkout.fake_venv()
@@ -180,7 +180,7 @@ def test_a_python_named_by_its_variable_makes_the_venv(tmp_path):
     checkout = Checkout(tmp_path)
     python = script(tmp_path / "my bin" / "good", STUB + f'[ "$1 $2" = "-m venv" ] && mkdir -p "$3/bin" \nexit 0\n')
     checkout.run("--help", **{"PYTHON": str(python)})
-    assert Path(f"{python}.calls").read_text().splitlines()[-1] == f"-m venv {checkout.venv}"
+    assert Path(f"{python}.calls").read_text().splitlines()[-1] == f"-m venv --clear {checkout.venv}"
 
 
 def test_a_venv_that_broke_off_half_made_is_made_again(tmp_path):
