@@ -861,12 +861,15 @@ def serve(name: str, make_app) -> None:
     os.umask(0o077)
     settings = Settings.load()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    for chatty in ("httpx", "httpx2", "mcp"):  # they log addresses, and an address may hold a token
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     lock(settings, name)
     asyncio.run(listen(name, getattr(settings, f"{name}_port"), settings, make_app))
 
 
 async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     import asyncio
+    import sqlite3
 
     from aiohttp import web
 
@@ -874,8 +877,13 @@ async def listen(name: str, port: int, settings: Settings, make_app) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopped.set)
     web.RequestHandler.handle_error = answer_no_http
+    operations(name)  # a contract that cannot be used stops the start before anything is opened
     limits = dict.fromkeys(("max_field_size", "max_line_size"), contract()["x-limits"]["header_bytes"])
-    runner = web.AppRunner(await make_app(settings), access_log=None, shutdown_timeout=GRACE / 2, **limits)
+    try:
+        app = await make_app(settings)
+    except (Problem, sqlite3.Error) as error:
+        raise SystemExit(f"liminal: the {name} cannot use {settings.data}: {storage_problem(error)}") from None
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=GRACE / 2, **limits)
     await runner.setup()
     try:
         await web.TCPSite(runner, settings.host, port, backlog=2048).start()
@@ -1597,7 +1605,10 @@ def present(**fields) -> dict:
 
 def read_file(name: str) -> str:
     try:
-        return f"File {name}:\n\n```\n{pathlib.Path(name).read_text().rstrip()}\n```"
+        text = pathlib.Path(name).read_text().rstrip()
+        if "\0" in text:
+            raise UnicodeError("it is a binary file")
+        return f"File {name}:\n\n```\n{text}\n```"
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise Problem("invalid_request", f"{name} cannot be sent as text: {why}") from None
@@ -1605,8 +1616,10 @@ def read_file(name: str) -> str:
 
 def option_value(text: str):
     """JSON where it is, else the text itself: `-o seed 7` is a number, `-o user ada` a word."""
+    if text in ("NaN", "Infinity", "-Infinity"):
+        raise Problem("invalid_request", f"{text} is no number that can be sent")
     try:
-        return json.loads(text)
+        return parse_json(text.encode("utf-8", "surrogateescape"))
     except ValueError:
         return text
 
@@ -1628,19 +1641,34 @@ def find_model(client: Client, name: str | None) -> str | None:
 
 def send_quietly(client: Client, body: dict, options) -> int:
     """Without a stream: the id of a reply in the background, or a whole reply at once."""
-    how = {"background": True} if options.background else {"stream": False}
-    found = client.ask("POST", "messages", {**body, **how}, {"Idempotency-Key": str(uuid.uuid4())})
-    if options.json:
-        say_json(found)
-    elif options.background:
-        say(found["message_ids"][0])
+    body |= {"background": True} if options.background else {"stream": False}
+    client.sent = request = "POST", "messages", body, {"Idempotency-Key": str(uuid.uuid4())}
+    try:
+        found = client.ask(*request)
+    except KeyboardInterrupt:
+        client.close()
+        client.sent = *request[:2], {**body, "stream": True, "background": False}, request[3]
+        note(receipt_words(client.ask("POST", f"messages/{client.find_sent()}/cancel")))
+        return 130
+    if options.json or options.background:
+        say(encode_json(found) if options.json else found["message_ids"][0])
     else:
         say(found["content"], end="" if found["content"].endswith("\n") else "\n")
     if options.background:
         return 0
     if options.usage:
-        note(usage_words(found["usage"]))
+        timing = found["timing"] or {}
+        note(
+            measured_words(
+                found["usage"], timing.get("edge_ttft_ms") or timing.get("domain_ttft_ms"), timing.get("tokens_per_s")
+            )
+        )
     return fail(error_words(found["error"]), 1) if found["error"] else 0
+
+
+def measured_words(usage: dict | None, ttft_ms: float | None, rate: float | None) -> str:
+    speed = f", {rate} tokens/s" if rate else ""
+    return usage_words(usage) + (f", first token after {ttft_ms} ms" if ttft_ms else "") + speed
 
 
 def exit_code(done: dict) -> int:
@@ -1682,8 +1710,8 @@ class Chat:
             say_json({"type": "measure", **figures})
         elif figures:
             note("\n".join(f"{name.replace('_', ' '):<24} {value}" for name, value in figures.items()))
-        if options.usage and not options.json:
-            note(f"{usage_words(done['usage'])}, first token after {seen.ttft_ms()} ms, {seen.rate()} tokens/s")
+        if options.usage:
+            note(measured_words(done["usage"], seen.ttft_ms(), seen.rate()))
         self.message_id = seen.message_id
         self.fields |= present(thread_id=seen.thread_id)
         return done
@@ -1716,6 +1744,9 @@ class Chat:
 
     @property
     def last_reply(self) -> str:
+        if not self.message_id and (thread_id := self.fields.get("thread_id")):
+            messages = all_messages(self.client, thread_id)
+            self.message_id = next((one["id"] for one in reversed(messages) if one["role"] == "assistant"), None)
         if not self.message_id:
             raise Problem("invalid_request", "there is no reply yet in this chat")
         return f"messages/{self.message_id}"
@@ -1868,7 +1899,7 @@ def search(client: Client, options) -> int:
     bold, plain = ("\x1b[1m", "\x1b[0m") if coloured(sys.stdout) else ("", "")
     for one in found:
         say(f"{one['thread_id'][:8]} {one['message_id'][:8]} {local_time(one['created_at'])} {one['role']}")
-        for piece in re.split("([\x02\x03])", one["snippet"]):
+        for piece in re.split("([\x02\x03])", " ".join(one["snippet"].split())):
             print({"\x02": bold, "\x03": plain}.get(piece, printable(piece)), end="")
         say("\n")
     return 0 if found else fail("nothing found", 1)
@@ -1914,7 +1945,10 @@ def remove(client: Client, kind: str, name: str) -> None:
 
 def confirm(question: str) -> None:
     """Ask on a terminal; Problem where the answer is not yes, or nobody can be asked."""
-    if not sys.stdin.isatty() or input(f"{printable(question)} [y/N] ").strip().lower() not in ("y", "yes"):
+    answer = ""
+    with contextlib.suppress(EOFError):
+        answer = input(f"{printable(question)} [y/N] ") if sys.stdin.isatty() else ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise Problem("invalid_request", "nothing was done (-y does not ask)")
 
 
@@ -1984,7 +2018,7 @@ def retry(client: Client, options) -> int:
     [message]  an id or its first characters; without one, the newest
     -m --model MODEL  with this model (default: the same)"""
     path = f"messages/{find_reply(client, options.message)['id']}/retry"
-    return exit_code(show(client, client.stream("POST", path, {"model": options.model} if options.model else {})))
+    return exit_code(show(client, client.stream("POST", path, present(model=find_model(client, options.model)))))
 
 
 @command
@@ -2177,12 +2211,22 @@ def status(settings: Settings, options) -> int:
     told = {name: server_words(settings, name, url) for name, url in addresses.items()}
     well, rows = all(told.values()), [("data", settings.data)]
     rows += [(name, told[name] or f"not running at {url}: `liminal up` starts it") for name, url in addresses.items()]
-    paths = settings.data.glob("*") if settings.data.is_dir() else ()
+    paths = [settings.data, *settings.data.glob("*")] if settings.data.is_dir() else ()
     if open_files := sorted(path.name for path in paths if path.stat().st_mode & 0o077):
         mend = f"chmod -R go= {settings.data}"
         rows.append(("files", f"readable by others: {' '.join(open_files)}; mend it with {mend}"))
-    table(rows + (system_rows(Client(settings)) if well else []))
-    return 0 if well else 3
+    faults = [one for one in told if not told[one]]
+    if told["edge"]:
+        for row in system_rows:
+            try:
+                rows += row(Client(settings))
+            except (Problem, Unreachable) as error:
+                if getattr(error, "code", "") not in ("forbidden", "domain_unavailable"):
+                    faults.append(error)
+                    rows.append(("fault", str(error)))
+    bad = [name for name, words in rows if name.endswith(".db") and words != "ok"]
+    table(rows)
+    return 3 if not well else 1 if faults or bad else 0
 
 
 def server_words(settings: Settings, name: str, url: str) -> str:
@@ -2196,20 +2240,26 @@ def server_words(settings: Settings, name: str, url: str) -> str:
         return ""
 
 
-def system_rows(client: Client) -> list[tuple]:
-    """Keys, databases and the queue of a system that is well."""
-    rows = []
-    for one in client.list("providers"):
-        if one["key_env"]:
-            state = "is set" if one["key_set"] else f"not set: `liminal providers key {one['name']}`"
-            rows.append((one["name"], f"{one['key_env']} {state}"))
-    with contextlib.suppress(Problem):  # these two are for owners
-        for name, state in client.get("status")["databases"].items():
-            rows.append((name, state if state == "ok" else f"{state}: restore it from a backup"))
-        waits = client.get("overflow?limit=1")
-        words = f"{waits['queue']} bundles wait, {waits['overflow']} in overflow.db (`liminal overflow`)"
-        rows.append(("queue", words))
-    return rows
+def key_rows(client: Client) -> list[tuple]:
+    known = [(one, one["key_env"]) for one in client.list("providers") if one["key_env"]]
+    mend = "not set: `liminal providers key {}`"
+    return [(one["name"], f"{env} {'is set' if one['key_set'] else mend.format(one['name'])}") for one, env in known]
+
+
+def database_rows(client: Client) -> list[tuple]:
+    found = client.get("status")["databases"].items()
+    return [
+        (name, "ok" if state == "ok" else f"{' '.join(state.split())}: restore it from a backup")
+        for name, state in found
+    ]
+
+
+def queue_rows(client: Client) -> list[tuple]:
+    waits = client.get("overflow?limit=1")
+    return [("queue", f"{waits['queue']} bundles wait, {waits['overflow']} in overflow.db (`liminal overflow`)")]
+
+
+system_rows = (key_rows, database_rows, queue_rows)
 
 
 ################ Breaking things on purpose
@@ -2309,6 +2359,10 @@ def test_network(client: Client, options) -> tuple[dict, list[str]]:
     settings, victim = client.settings, options.kill
     if victim and not holder(settings, victim):
         raise Problem("invalid_request", f"the {victim} of {settings.data} does not run here: there is nothing to kill")
+    if victim and client.get("/health")["instance"] != settings.instance:
+        raise Problem(
+            "invalid_request", f"{client.url} belongs to another data folder than {settings.data}: nothing was killed"
+        )
     if victim and not options.yes:
         confirm(f"kill -9 the {victim}, process {holder(settings, victim)}?")
     seen, drops, began = Measure(), 0, time.monotonic()
@@ -2325,7 +2379,9 @@ def test_network(client: Client, options) -> tuple[dict, list[str]]:
             kill_and_start(settings, victim)
             victim = None
     progress(None, 0)
-    faults = compare_stored(client, seen)
+    faults, error = compare_stored(client, seen), seen.done["error"]
+    if error and not (options.kill == "domain" and error["code"] == "interrupted"):
+        faults.append(f"the reply failed: {error_words(error)}")
     if drops < options.times:
         faults.append(f"the reply was over after {drops} drops: take a smaller --at-token or a longer reply")
     client.ask("DELETE", f"threads/{seen.thread_id}")
@@ -2369,7 +2425,11 @@ class Trial:
             self.faults.append(f"{name}: {words}: {data[:200]!r}")
         if "event-stream" in kind:
             return self.check_stream(name, data)
-        value = json.loads(data) if data and "json" in kind else None
+        try:
+            value = json.loads(data) if data and "json" in kind else None
+        except ValueError:
+            self.faults.append(f"{name}: what came is no JSON: {data[:100]!r}")
+            return collections.defaultdict(str)
         error = response.status >= 400
         self.check(name, schema_check("Error") if error else operation.replies.get(response.status), value)
         return value

@@ -46,8 +46,9 @@ from liminal import joined, make_application, now, serve, size, stamp, version, 
 PING = 15  # seconds of silence after which the Edge gets an empty line
 LAG = 2.0  # seconds after which a running reply's text is stored even though the Edge has not brought it
 RECENT = 256  # tokens of a run that are kept one by one; older ones are joined, so that a run is no object per token
-PAGE = 64  # pieces handed to a follower at once, so that a replay goes out in bounded writes
-CHUNK = 16_384  # code points of text in one stored row, at most 64 KiB
+PAGE = 16  # pieces handed to a follower at once, so that a replay goes out in bounded writes
+CHUNK = 16_384  # code points of text in one stored row or event, at most 64 KiB
+INDEXED, PIECES = 64 * CHUNK, 64  # code points of a message that search sees, and its rows of at most CHUNK
 ATTEMPTS = 4  # calls to an overloaded provider before its error stands; only ever before the first token
 LONGEST_WAIT = 30.0  # seconds between two such calls, whatever the provider asks for
 CONNECT = 10.0  # seconds to connect to a provider
@@ -115,6 +116,7 @@ find_key = finder(
     """select id, user_id, name, prefix, created_at, last_used_at from api_keys
        where id >= :key_id and id < :key_id || 'g' and (:owner_id is null or user_id = :owner_id) limit 2""",
 )
+touch_key = change("update api_keys set last_used_at = :time where id = :key_id")
 remove_session = change("delete from sessions where hash = :hash")
 insert_thread = change(  # `or ignore`: a repeated POST has the same derived id, and may find what its lost try has made
     """insert or ignore into threads values (:id, :user_id, :title, :system, :model, :forked_from_thread_id,
@@ -164,15 +166,14 @@ def remove_key(db, values: dict) -> dict:
     return key
 
 
-def touch_caller(db, values: dict) -> dict:
-    """Whose key or session this `hash` is: {"user", "key_id"}; notes that the key was used."""
+def find_caller(db, values: dict) -> dict:
+    """Whose key or session this `hash` is: {"user", "key_id"}."""
     sql = """select api_keys.id as key_id, users.id, users.name, role from api_keys join users on users.id = user_id
              where hash = :hash or api_keys.id =
              (select key_id from sessions where hash = :hash and expires_at > :time)"""
     found = query(sql)(db, values)
     if not found:
         raise Problem("unauthorized", "this key is not known, or was revoked")
-    db.execute("update api_keys set last_used_at = :time where id = :key_id", {**values, **found[0]})
     return {"user": pick(found[0], "id", "name", "role"), "key_id": found[0]["key_id"]}
 
 
@@ -220,10 +221,7 @@ newest_finished = query(  # where a message hangs when it names no parent
        order by number desc limit 1"""
 )
 message_threads = query("select distinct thread_id from messages")
-interrupt_unfinished = change(  # nothing runs when the Domain starts: what still says so was cut off by its end
-    """update messages set status = 'error', error = :error, completed_at = :time
-       where status in ('pending', 'streaming')"""
-)
+remove_text = change("delete from message_texts where rowid between :first and :last")
 sum_models = query(  # tokens and cost of a user's replies by model
     """select model, count(*) as runs, sum(status = 'error') as errors,
        sum(coalesce(json_extract(usage, '$.input_tokens'), 0)) as input_tokens,
@@ -314,12 +312,26 @@ def finish_message(db, message_id: str, position: int, parts: list[dict], done: 
     index_text(db, message_id)
 
 
+def interrupt_unfinished(db, values: dict) -> int:
+    """Nothing runs when the Domain starts: what still says so was cut off by its end."""
+    sql = """update messages set status = 'error', error = :error, completed_at = :time
+             where status in ('pending', 'streaming') returning id"""
+    found = db.execute(sql, values).fetchall()
+    for row in found:
+        index_text(db, row["id"])
+    return len(found)
+
+
 def index_text(db, message_id: str) -> None:
-    """Make a finished message's text searchable, once more where it has grown."""
-    row = db.execute("select seq from messages where id = :id", {"id": message_id}).fetchone()
-    values = {"seq": row["seq"], "content": text_of(read_parts(db, message_id))}
-    db.execute("delete from message_texts where rowid = :seq", values)
-    db.execute("insert into message_texts (rowid, content) values (:seq, :content)", values)
+    """Make a message's text searchable, once more where it has grown: its first INDEXED code points, in rows of a bounded
+    size (one row of 8 MB would cost 4 s and 180 MB) whose ids begin at seq * PIECES."""
+    seq = db.execute("select seq from messages where id = :id", {"id": message_id}).fetchone()["seq"]
+    parts = itertools.chain(*read_chunks(db, message_id, 0, INDEXED // CHUNK))
+    text = text_of(parts)[:INDEXED]
+    remove_text(db, {"first": seq * PIECES, "last": seq * PIECES + PIECES - 1})
+    pieces = [text[begin : begin + CHUNK] for begin in range(0, len(text), CHUNK)]
+    rows = [{"id": seq * PIECES + place, "content": piece} for place, piece in enumerate(pieces)]
+    db.executemany("insert into message_texts (rowid, content) values (:id, :content)", rows)
 
 
 def text_of(parts: list[dict]) -> str:
@@ -331,9 +343,9 @@ def search_texts(db, values: dict) -> list[dict]:
     words = " ".join('"' + word.replace('"', '""') + '"' for word in values["q"].replace("\0", " ").split())
     sql = """select id as message_id, thread_id, role, created_at,
              snippet(message_texts, 0, char(2), char(3), ' … ', 24) as snippet
-             from message_texts join messages on messages.seq = message_texts.rowid
+             from message_texts join messages on messages.seq = message_texts.rowid / :pieces
              where message_texts match :words and user_id = :user_id order by rank limit :limit"""
-    return query(sql)(db, {**values, "words": words}) if words else []
+    return query(sql)(db, {**values, "words": words, "pieces": PIECES}) if words else []
 
 
 def read_message(db, values: dict) -> dict:
@@ -396,8 +408,10 @@ def rows_up(db, message_id: str | None):
 
 def remove_messages(db, threads: list[str]) -> None:
     values = [{"id": thread} for thread in threads]
-    sql = "delete from message_texts where rowid in (select seq from messages where thread_id = :id)"
-    db.executemany(sql, values)
+    sql = "select seq * :pieces as first, (seq + 1) * :pieces - 1 as last from messages where thread_id = :id"
+    for thread in threads:
+        for texts in query(sql)(db, {"id": thread, "pieces": PIECES}):
+            remove_text(db, texts)
     db.executemany("delete from messages where thread_id = :id", values)
 
 
@@ -1003,7 +1017,7 @@ async def ask_models(domain: Domain, provider: Provider) -> tuple[list[str], str
     if known is None or known[0] < asked:
         found, why = await fetch_models(domain, provider)
         hung = time.monotonic() - asked  # who hangs is not asked at each message
-        until = time.monotonic() + (10 * hung if why else MODELS_FRESH)
+        until = time.monotonic() + (MODELS_FRESH if why is None or hung > 1 else 0)
         known = domain.models[place] = until, found, why
     _, found, why = known
     return [*provider.models, *(model for model in found if model not in provider.models)], why
@@ -1099,8 +1113,8 @@ class ToolServer:
     def __init__(self, name: str, config: dict, target):
         self.name, self.config, self.target = name, config, target
         self.state, self.why, self.tools, self.client = "starting", None, [], None
-        self.connect_timeout = float(config.get("connect_timeout") or TOOL_CONNECT)
-        self.call_timeout = float(config.get("call_timeout") or TOOL_CALL)
+        self.connect_timeout = config.get("connect_timeout", TOOL_CONNECT)
+        self.call_timeout = config.get("call_timeout", TOOL_CALL)
         self.settled, self.broken = asyncio.Event(), asyncio.Event()
         self.task = asyncio.create_task(self.live())
 
@@ -1143,7 +1157,7 @@ class ToolServer:
     async def refresh(self) -> list[Tool]:
         """The tools as they are now: a server may change them at any time."""
         await self.settled.wait()
-        if self.state == "running":
+        if self.state == "running" and self.name != "liminal":  # ours never change
             try:
                 self.tools = await asyncio.wait_for(self.list_tools(), TOOL_LIST)
             except Exception as error:
@@ -1172,7 +1186,7 @@ class ToolServer:
     def fail(self, error: Exception) -> None:
         """Start anew where the connection is gone, rather than where the server only refused."""
         code = getattr(getattr(error, "error", None), "code", None)
-        if code == -32000 or code is None and not isinstance(error, TimeoutError):
+        if code == -32000 or code is None and not isinstance(error, (TimeoutError, ValueError)):
             self.why, self.state = plain_error(error), "failed"
             self.broken.set()
 
@@ -1201,12 +1215,16 @@ def block_text(block) -> str:
     if block.type == "text":
         return block.text
     if block.type in ("image", "audio"):
-        return f"[{block.type} {block.mime_type}, {len(block.data) * 3 // 4} bytes, not shown]"
+        return f"[{block.type} {block.mime_type}, {base64_bytes(block.data)} bytes, not shown]"
     if block.type != "resource":
         return f"[{block.type} {getattr(block, 'uri', '')}]"
     if getattr(block.resource, "text", None) is not None:
         return f"[resource {block.resource.uri}]\n{block.resource.text}"
-    return f"[resource {block.resource.uri}, {len(block.resource.blob) * 3 // 4} bytes, not shown]"
+    return f"[resource {block.resource.uri}, {base64_bytes(block.resource.blob)} bytes, not shown]"
+
+
+def base64_bytes(text: str) -> int:
+    return len(text.rstrip("=")) * 3 // 4
 
 
 class Tools:
@@ -1266,6 +1284,9 @@ def read_config(path: pathlib.Path) -> tuple[dict, dict]:
     for name, one in wanted.items():
         if name == "liminal" or not (isinstance(one.get("command"), str) or isinstance(one.get("url"), str)):
             raise ValueError(f"the server {name!r} needs a name of its own and a command or a url")
+        for word in ("connect_timeout", "call_timeout"):
+            if not isinstance(one.get(word, 1), (int, float)) or not 0 < one.get(word, 1) < 1e6:
+                raise ValueError(f"the server {name!r} has a {word} that is no number of seconds")
     permissions = config.get("permissions", {})
     return wanted, {kind: [str(one) for one in permissions.get(kind, [])] for kind in ("allow", "deny")}
 
@@ -1325,6 +1346,7 @@ async def read_child(server: ToolServer, process, inbox) -> None:
         try:
             while line := await process.stdout.readline():
                 try:
+                    line = line if b"\\ud" not in line.lower() else valid(encode_json(json.loads(line))).encode()
                     message = jsonrpc_message_adapter.validate_json(line, by_name=False)
                 except ValueError:
                     log.warning("the MCP server %s wrote what is no message: %.100r", server.name, line)
@@ -1364,8 +1386,30 @@ async def http_client(server: ToolServer):
     import mcp
     from mcp.client.streamable_http import streamable_http_client
 
+    async def bound(response):
+        if response.request.method == "POST":  # an answer; the stream of notifications may go on for ever
+            response.stream = BoundedStream(response.stream)
+
+    class BoundedStream(httpx2.AsyncByteStream):
+        """Fails past TOOL_LINE bytes: the SDK would take any amount."""
+
+        def __init__(self, stream):
+            self.stream = stream
+
+        async def __aiter__(self):
+            total = 0
+            async for data in self.stream:
+                total += len(data)
+                if total > TOOL_LINE:
+                    raise httpx2.ReadError(f"an answer of more than {TOOL_LINE} bytes")
+                yield data
+
+        async def aclose(self):
+            await self.stream.aclose()
+
     timeout = httpx2.Timeout(server.call_timeout, connect=server.connect_timeout)
-    async with httpx2.AsyncClient(headers=server.config.get("headers") or {}, timeout=timeout, trust_env=False) as http:
+    more = {"event_hooks": {"response": [bound]}, "timeout": timeout, "trust_env": False}
+    async with httpx2.AsyncClient(headers=server.config.get("headers") or {}, **more) as http:
         transport = streamable_http_client(server.config["url"], http_client=http, max_sse_event_size=TOOL_LINE)
         async with mcp.Client(transport, read_timeout_seconds=server.call_timeout) as client:
             yield client
@@ -1414,22 +1458,32 @@ FILE_BYTES, LIST_ENTRIES, SEARCH_LINES, SEARCH_SECONDS = 200_000, 1_000, 100, 5.
 def own_client(domain: Domain, server: ToolServer):
     import mcp
     from mcp.server import MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
     from mcp_types import ToolAnnotations
 
     own = MCPServer("liminal")
     roots, data = domain.settings.files_root.split(":"), domain.settings.data
 
     def tool(fn):
-        own.tool(annotations=ToolAnnotations(read_only_hint=True), structured_output=False)(fn)
+        @functools.wraps(fn)
+        async def tell_why(*args, **named):
+            try:
+                return await fn(*args, **named)
+            except ValueError as fault:
+                raise ToolError(str(fault)) from None  # the SDK hides the words of any other error
+
+        words = fn.__doc__.replace("the root", f"the root ({domain.settings.files_root})")
+        hints = ToolAnnotations(read_only_hint=True)
+        own.tool(description=words, annotations=hints, structured_output=False)(tell_why)
 
     @tool
     async def file_read(path: str, first_line: int = 1, lines: int = 2000) -> str:
-        """Read a text file. The path is relative to the root; first_line counts from 1."""
+        """Read lines of a text file. The path is relative to the root; first_line counts from 1."""
         return await asyncio.to_thread(read_file, roots, data, path, max(1, first_line), max(1, lines))
 
     @tool
     async def file_list(path: str = ".") -> str:
-        """List a folder: a line for each entry, folders end with a slash, files tell their size in bytes."""
+        """List a folder, by its path relative to the root: a line for each entry, folders end with a slash, files tell their size in bytes."""
         return await asyncio.to_thread(list_folder, roots, data, path)
 
     @tool
@@ -1449,13 +1503,32 @@ def own_client(domain: Domain, server: ToolServer):
 
 @contextlib.contextmanager
 def opened(roots: list[str], data: pathlib.Path, path: str):
-    """A descriptor of the file or folder that a path means, below one of the roots. ValueError says why not."""
-    meant = [root for root in roots if os.path.isabs(path) and (path + "/").startswith(root.rstrip("/") + "/")]
-    root = (meant or roots)[0]
-    steps = [step for step in path.removeprefix(root).split("/") if step not in ("", ".")]
-    outside = ValueError(f"{path!r} is outside of what may be read")
-    if os.path.isabs(path) and not path.startswith(root) or ".." in steps or "\0" in path:
-        raise outside
+    """A descriptor of the file or folder that a path means, below the first root that has it. ValueError says why not."""
+    steps = [step for step in path.split("/") if step not in ("", ".")]
+    absolute, fault = os.path.isabs(path), ValueError(f"{path!r} is outside of what may be read")
+    for root in () if ".." in steps or "\0" in path else roots:
+        above = [step for step in root.split("/") if step]
+        if absolute and steps[: len(above)] != above:
+            continue
+        try:
+            place = open_below(root, steps[len(above) :] if absolute else steps, data)
+        except OSError as error:
+            words = (
+                "is a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror.lower()
+            )
+            fault = ValueError(f"{path!r}: {words}")
+            continue
+        try:
+            yield place
+        finally:
+            os.close(place)
+        return
+    raise fault
+
+
+def open_below(root: str, steps: list[str], data: pathlib.Path) -> int:
+    if pathlib.Path(root).resolve().is_relative_to(data):
+        raise PermissionError(errno.EPERM, "is outside of what may be read")
     place = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for step in (".", *steps):
@@ -1463,41 +1536,49 @@ def opened(roots: list[str], data: pathlib.Path, path: str):
             os.close(place)
             place = inner
             if is_hidden(os.fstat(place), data):
-                raise outside
-        yield place
-    except OSError as error:
-        words = "is a symbolic link, which is not followed" if error.errno == errno.ELOOP else error.strerror.lower()
-        raise ValueError(f"{path!r}: {words}") from None
-    finally:
+                raise PermissionError(errno.EPERM, "is outside of what may be read")
+        return place
+    except OSError:
         os.close(place)
+        raise
 
 
 def is_hidden(seen: os.stat_result, data: pathlib.Path) -> bool:
     """Whether this is data/, or a file with several names that is one of its own."""
     if not data.exists() or os.path.samestat(seen, os.stat(data)):
         return data.exists()
-    several = seen.st_nlink > 1 and stat.S_ISREG(seen.st_mode)
-    return several and any(os.path.samestat(seen, one.stat()) for one in os.scandir(data))
+    if seen.st_nlink == 1 or not stat.S_ISREG(seen.st_mode):
+        return False
+    inside = (pathlib.Path(folder, name) for folder, _, names in os.walk(data) for name in names)
+    return any(os.path.samestat(seen, one.lstat()) for one in inside)
 
 
-def read_text(place: int, path: str) -> str:
-    """The text of an opened regular file, at most FILE_BYTES of it."""
+def read_text(place: int, path: str, first_line: int = 1, count: int | None = None) -> str:
+    """Lines of an opened regular file, at most FILE_BYTES of them."""
     seen = os.fstat(place)
     if not stat.S_ISREG(seen.st_mode):
         raise ValueError(f"{path!r} is no regular file")
     with open(os.dup(place), "rb") as file:
-        data = file.read(FILE_BYTES)
-    if b"\0" in data[:8192]:
-        raise ValueError(f"{path!r} is a binary file of {seen.st_size} bytes")
-    text = data.decode("utf-8", "replace")
-    left_out = seen.st_size - FILE_BYTES
-    return text if left_out <= 0 else f"{text}\n[cut: {left_out} of {seen.st_size} bytes left out]"
+        if b"\0" in file.read(8192):
+            raise ValueError(f"{path!r} is a binary file of {seen.st_size} bytes")
+        file.seek(0)
+        lines = iter(functools.partial(file.readline, FILE_BYTES), b"")
+        chosen = itertools.islice(lines, first_line - 1, None if count is None else first_line - 1 + count)
+        taken, total = [], 0
+        for line in chosen:
+            total += len(line)
+            if total > FILE_BYTES:
+                taken.append(
+                    f"[cut at {FILE_BYTES} bytes of a file of {seen.st_size}: read on from a later line]".encode()
+                )
+                break
+            taken.append(line)
+    return b"".join(taken).decode("utf-8", "replace")
 
 
 def read_file(roots: list[str], data: pathlib.Path, path: str, first_line: int, count: int) -> str:
     with opened(roots, data, path) as place:
-        lines = read_text(place, path).split("\n")
-    return "\n".join(lines[first_line - 1 : first_line - 1 + count]) or "(empty)"
+        return read_text(place, path, first_line, count) or "(empty)"
 
 
 def list_folder(roots: list[str], data: pathlib.Path, path: str) -> str:
@@ -1527,7 +1608,9 @@ def search_files(roots: list[str], data: pathlib.Path, text: str, path: str, nam
                 with contextlib.suppress(ValueError), opened(roots, data, os.path.join(path, inner)) as file:
                     for number, line in enumerate(read_text(file, one).split("\n"), 1):
                         if text.lower() in line.lower():
-                            found.append(f"{inner}:{number}: {line.strip()[:200]}")
+                            found.append(
+                                f"{os.path.normpath(os.path.join(path, inner))}:{number}: {line.strip()[:200]}"
+                            )
     return "\n".join(found[:SEARCH_LINES]) or "nothing found"
 
 
@@ -1574,7 +1657,7 @@ class Run:
 
     def compact(self) -> None:
         """Join what is older than the newest tokens: a block of RECENT becomes a piece or a few."""
-        block = joined(self.events[self.compacted : -RECENT])
+        block = list(bounded_pieces(self.events[self.compacted : -RECENT]))
         starts = list(itertools.accumulate(map(size, block[:-1]), initial=self.starts[self.compacted]))
         self.events[self.compacted : -RECENT], self.starts[self.compacted : -RECENT] = block, starts
         self.compacted += len(block)
@@ -1632,11 +1715,28 @@ class Run:
         return {**told, "tokens_per_s": round(tokens / seconds, 1) if tokens and seconds > 0.001 else None}
 
 
+def bounded_pieces(events: list[dict]):
+    """The events joined, but no text longer than CHUNK."""
+    for event in joined(events):
+        yield from in_chunks(event)
+
+
+def in_chunks(event: dict):
+    if size(event) <= CHUNK:
+        return [event]
+    return [{**event, "text": event["text"][begin : begin + CHUNK]} for begin in range(0, len(event["text"]), CHUNK)]
+
+
 async def run(domain: Domain, reply: Run) -> None:
     """The life of one reply: what the provider sends is recorded until it ends, fails or is stopped; then its tail and
     its final status go to disk, and only then is `done` told and the thread free."""
     status, problem = "complete", None
     try:
+        wanted = reply.request["tools"]  # patterns, None for all, False for none; servers may take a while to start
+        reply.tools = (
+            {} if wanted is False or reply.model.startswith("demo/load") else await domain.tools.offered(wanted)
+        )
+        reply.request["tools"] = reply.tools
         for number in itertools.count(1):
             async with contextlib.aclosing(read_provider(domain, reply)) as events_read:
                 reply.called_at = reply.called_at or time.monotonic()
@@ -1701,7 +1801,13 @@ def record(domain: Domain, reply: Run, events: list[dict]) -> None:
             reply.calls += [event] if kind == "tool_call" else []
         if domain.settings.check_events:
             check_event(event)
-        reply.append(event)
+        if (
+            kind in ("text", "thinking") and len(event["text"]) > CHUNK
+        ):  # a delta of a size that no model sends, but a server may
+            for piece in in_chunks(event):
+                reply.append(piece)
+        else:
+            reply.append(event)
     if reply.position and reply.first_at is None:
         reply.first_at = time.monotonic()
         domain.metrics.observe("liminal_provider_ttft_seconds", reply.first_at - reply.called_at)
@@ -1760,6 +1866,8 @@ async def finish(domain: Domain, reply: Run, status: str, problem: Problem | Non
     domain.metrics.count("liminal_runs_total", status=reply.done["status"])
     if done["timing"]["tokens_per_s"]:
         domain.metrics.observe("liminal_tokens_per_second", done["timing"]["tokens_per_s"])
+    if status == "cancelled":
+        domain.metrics.count("liminal_cancellations_total")
     if error:
         domain.metrics.count("liminal_run_errors_total", code=error["code"])
         log.warning("%s of %s ended: %s (%s)", reply.message_id, reply.model, problem.message, problem.code)
@@ -1868,7 +1976,10 @@ class Domain:
         self.own_providers, self.models, self.clients, self.tasks, self.tokens = [], {}, {}, set(), 0
         self.first_byte, self.next_byte = map(float, settings.provider_timeouts.split(","))
         self.http, self.public_key, self.tools = None, (None, None), Tools(self)
-        self.metrics.gauges = {"liminal_runs": lambda: len(self.runs), "liminal_tokens_total": lambda: self.tokens}
+        self.metrics.gauges = {
+            "liminal_running_replies": lambda: len(self.runs),
+            "liminal_tokens_total": lambda: self.tokens,
+        }
 
     def providers(self) -> dict[str, Provider]:
         self.settings = self.settings.fresh()
@@ -1984,11 +2095,9 @@ async def make_request(
     """What a provider's reader needs. `tokens` estimates the prompt, for a provider that does not tell; `rounds` holds,
     in the provider's own form, what this run's tool rounds have added."""
     messages = await domain.messages.read(read_prompt, parent, said, system, domain.settings.context)
-    tokens, wanted = tokens_of(system or "") + prompt_tokens(messages), body.get("tools")
-    if wanted is not False and not reply.model.startswith("demo/load"):
-        reply.tools, reply.allow = await domain.tools.offered(wanted), body.get("allow") or []
-    asked = {"max_tokens": body.get("max_tokens"), "temperature": body.get("temperature")}
-    asked |= {"model": reply.model.partition("/")[2], "tools": reply.tools, "options": body.get("options") or {}}
+    tokens, reply.allow = tokens_of(system or "") + prompt_tokens(messages), body.get("allow") or []
+    asked = {name: body.get(name) for name in ("max_tokens", "temperature", "tools")}
+    asked |= {"model": reply.model.partition("/")[2], "options": body.get("options") or {}}
     reply.request = {**asked, "system": system, "messages": messages, "tokens": tokens, "rounds": []}
 
 
@@ -2056,7 +2165,6 @@ domain_update_thread = job("liminal", "write", change_thread)
 domain_list_users = job("liminal", "read", select_users, "users")
 domain_list_keys = job("liminal", "read", select_keys, "keys")
 domain_revoke_key = job("liminal", "write", remove_key)
-domain_find_caller = job("liminal", "write", touch_caller)
 domain_create_session = job("liminal", "write", insert_session)
 domain_delete_session = job("liminal", "write", remove_session)
 
@@ -2124,7 +2232,8 @@ async def domain_list_runs(domain: Domain, call: Call):
 async def domain_get_stats(domain: Domain, call: Call):
     told, models = domain.metrics, await domain.messages.read(sum_models, asked(call))
     ttft = {f"{hop}_ttft_ms": told.quantiles(f"liminal_{hop}_ttft_seconds", 1000) for hop in ("provider", "domain")}
-    rest = {"tokens": domain.tokens, "runs": len(domain.runs), "models": models}
+    cancelled = int(told.value("liminal_cancellations_total"))
+    rest = {"tokens": domain.tokens, "runs": len(domain.runs), "cancellations": cancelled, "models": models}
     return {**ttft, "tokens_per_s": told.quantile("liminal_tokens_per_second", 0.5), **rest}
 
 
@@ -2134,22 +2243,23 @@ async def domain_get_status(domain: Domain, call: Call):
 
 
 async def domain_store_bundles(domain: Domain, call: Call):
-    """Store what the Edge brings, in its order. A bundle above the stored position is filled up from the run."""
-    bundles = [fill_gap(domain.runs.get(bundle["message_id"]), bundle) for bundle in call.body["bundles"]]
+    """Store what the Edge brings, in its order. A bundle above what is stored before it is filled up from the run."""
+    ends, bundles = {}, []
+    for bundle in call.body["bundles"]:
+        message_id, end = bundle["message_id"], bundle["position"] + sum(map(size, bundle["parts"]))
+        if reply := domain.runs.get(message_id):
+            known = ends.get(message_id, reply.stored)
+            if bundle["position"] > known:
+                held = first_positions(reply.after(known, None), end - known)
+                bundle = {**bundle, "position": known, "parts": held}
+            ends[message_id] = max(known, end)
+        bundles.append(bundle)
     stored = await domain.messages.write(lengthen, bundles)
     for message_id, position in stored.items():
         if (reply := domain.runs.get(message_id)) and position != "gone" and position > reply.stored:
             reply.stored, reply.stored_at = position, time.monotonic()
     domain.metrics.count("liminal_stored_bundles_total", len(bundles))
     return {"messages": stored}
-
-
-def fill_gap(reply: Run | None, bundle: dict) -> dict:
-    if reply is None or bundle["position"] <= reply.stored:
-        return bundle
-    end = bundle["position"] + sum(map(size, bundle["parts"]))
-    held = reply.after(reply.stored, None)
-    return {**bundle, "position": reply.stored, "parts": first_positions(held, end - reply.stored)}
 
 
 ################ Handlers: threads, models, providers, users, keys
@@ -2165,6 +2275,9 @@ async def domain_fork_thread(domain: Domain, call: Call):
     """The copy's new ids are derived, so that a repeated POST makes no second one; the thread is written first."""
     old = await domain.liminal.read(find_thread, asked(call))
     last = await find_parent(domain, call.user_id, old["id"], call.body["message_id"])
+    if last in domain.runs:
+        words = "this reply is still being generated: stop it or wait, then fork"
+        raise Problem("thread_busy", words, message_ids=[last])
     more = {"forked_from_thread_id": old["id"], "forked_from_message_id": last, **pick(old, "title", "system", "model")}
     thread = new_thread(call, **more)
     await domain.liminal.write(insert_thread, thread)
@@ -2260,6 +2373,13 @@ async def domain_delete_user(domain: Domain, call: Call):
     return user
 
 
+async def domain_find_caller(domain: Domain, call: Call):
+    """Noting when the key was used must neither delay the answer nor, on a full disk, refuse it."""
+    caller = await domain.liminal.read(find_caller, asked(call))
+    domain.background(domain.liminal.write(touch_key, {"time": now(), "key_id": caller["key_id"]}))
+    return caller
+
+
 async def domain_create_key(domain: Domain, call: Call):
     owner_id = call.user_id
     if ref := call.body.get("user_id"):
@@ -2340,8 +2460,9 @@ def edge_public_key(domain: Domain):
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RATES = (1, 5, 10, 20, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 1000, 5000)
 METRICS = {
-    "liminal_runs": ("replies being generated now", None),
+    "liminal_running_replies": ("replies being generated now", None),
     "liminal_runs_total": ("replies ended, by status", None),
+    "liminal_cancellations_total": ("replies cancelled", None),
     "liminal_run_errors_total": ("replies ended with an error, by its code", None),
     "liminal_tokens_total": ("tokens received from providers", None),
     "liminal_provider_retries_total": ("calls repeated because a provider was overloaded", None),

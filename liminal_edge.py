@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -22,33 +21,14 @@ import secrets
 import time
 import urllib.parse
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 
 import aiohttp
 import yarl
 from aiohttp import web
 
-from liminal import (
-    Call,
-    Database,
-    Metrics,
-    Problem,
-    Settings,
-    check_database,
-    check_event,
-    contract,
-    cut,
-    encode_json,
-    joined,
-    make_application,
-    now,
-    operations,
-    serve,
-    size,
-    sse,
-    version,
-    write_private,
-)
+from liminal import Call, Database, Metrics, Problem, Settings, check_database, check_event, contract, cut, encode_json
+from liminal import joined, make_application, now, operations, serve, size, sse, version, write_private
 
 CLIENT_TOKENS, CLIENT_SECONDS = 16, 0.1  # a client's bundle closes at so many tokens, or so long after its first
 DATABASE_TOKENS, DATABASE_SECONDS = 50, 0.5  # and a database bundle, whichever comes first
@@ -64,21 +44,21 @@ REPEATS = (0.1, 0.3, 0.6)  # and between the tries of one request that a client 
 CALLER_FRESH = 60  # seconds for which the Domain's word on a key is believed
 DRAIN = 3  # seconds at SIGTERM in which the queue may still reach the Domain; the rest goes to overflow.db
 SESSION_SECONDS = 30 * 24 * 3600
-RETRY = b"retry: 2000\n\n"
+RETRY, COMMENT = b"retry: 2000\n\n", b": ping\n\n"
 SSE_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
 }
+BROKEN = "the Domain went away in mid-answer: try again, with the same Idempotency-Key where one was sent"
+LOST = (aiohttp.ClientError, OSError)  # of which a timeout is one
+CLAIMS = {"iss": "liminal-edge", "sub": "edge-service", "aud": "liminal-domain"}
 log = logging.getLogger("liminal.edge")
 
 
 ################ The Domain
 # Every call is signed afresh with the scopes that the called operation names in the contract (a signature costs 26 us).
-
-
-def backoff():
-    return itertools.chain(BACKOFF, itertools.repeat(BACKOFF[-1]))
+# In whatever way the Domain is away, before an answer or within, it is one Problem: `domain_unavailable`.
 
 
 class Edge:
@@ -90,9 +70,7 @@ class Edge:
         self.clients: set[Client] = set()
         self.callers: dict[str, tuple[dict, float]] = {}
         self.queue = Queue(settings.queue_size, Database(settings.data / "overflow.db"), self.metrics)
-        self.closing, self.tasks = False, set()
-        self.http = None
-        self.key = private_key(settings)
+        self.closing, self.tasks, self.http, self.key = False, set(), None, private_key(settings)
         self.metrics.gauges = {
             "liminal_clients": lambda: len(self.clients),
             "liminal_replies": lambda: len(self.replies),
@@ -104,81 +82,84 @@ class Edge:
         import jwt
 
         begun = int(time.time())
-        claims = {"iss": "liminal-edge", "sub": "edge-service", "aud": "liminal-domain", "iat": begun, "exp": begun + 60}
-        return jwt.encode({**claims, "jti": str(uuid.uuid4()), "scopes": scopes}, self.key, algorithm="EdDSA")
+        claims = {**CLAIMS, "iat": begun, "exp": begun + 60, "jti": str(uuid.uuid4()), "scopes": scopes}
+        return jwt.encode(claims, self.key, algorithm="EdDSA")
 
-    async def open(self, name: str, call: Call | None = None, user_id=None, headers=None, body=None, **arguments):
-        """The Domain's answer to one of its operations, its body still unread. Problem where the Domain refuses or is away.
-        `arguments` fill path and query; what `call` was asked fills the rest."""
-        operation, user_id = self.operations[name], user_id or (call and call.user_id)
-        arguments = {**(call.arguments if call else {}), **arguments}
-        headers = {"Authorization": f"Bearer {self.token(operation.security.get('edge', []))}", **(headers or {})}
-        if user_id:
-            headers["x-user-id"] = user_id
+    async def open(self, name: str, call: Call | None = None, body=None, **arguments) -> aiohttp.ClientResponse:
+        """The Domain's answer to one of its operations, its body still unread. Problem where it refuses or is away.
+        The operation's parameters are filled from `arguments`, else from what `call` was asked."""
+        operation, given = self.operations[name], {"path": {}, "query": {}, "header": {}}
+        known = {**call.arguments, "x-user-id": call.user_id, **arguments} if call else arguments
+        for parameter in operation.parameters:
+            if (value := known.get(parameter.name)) is not None:
+                given[parameter.where][parameter.name] = str(value)
+        headers = {"Authorization": f"Bearer {self.token(operation.security.get('edge', []))}", **given["header"]}
         if call:
             headers["x-request-id"] = call.request_id
-        if body is not None:
-            headers["Content-Type"] = "application/json"
-        asked = {given.name: str(arguments[given.name]) for given in operation.parameters if arguments.get(given.name) is not None}
-        names = {given.name: given.where for given in operation.parameters}
-        quoted = {name: urllib.parse.quote(value, safe="") for name, value in asked.items() if names[name] == "path"}
-        query = {name: value for name, value in asked.items() if names[name] == "query"}
-        headers |= {name: value for name, value in asked.items() if names[name] == "header" and name != "x-user-id"}
-        url = self.settings.domain_url + operation.path.format_map(quoted)
-        url += "?" + urllib.parse.urlencode(query) if query else ""
-        data = None if body is None else encode_json(body).encode()
+        path = operation.path.format_map({key: urllib.parse.quote(value, "") for key, value in given["path"].items()})
+        url = yarl.URL(f"{self.settings.domain_url}{path}?{urllib.parse.urlencode(given['query'])}", encoded=True)
         try:
-            response = await self.http.request(operation.method, yarl.URL(url, encoded=True), headers=headers, data=data)
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            response = await self.http.request(operation.method, url, headers=headers, json=body)
+        except LOST as error:
             words = f"the Domain does not answer at {self.settings.domain_url}: `liminal up` starts it"
             raise Problem("domain_unavailable", words) from error
         if response.status >= 400:
-            raise problem_of(response.status, await read_whole(response))
+            raise await read_problem(response)
         return response
 
-    async def ask(self, name: str, call: Call | None = None, **rest) -> tuple[int, dict | None]:
-        """(status, body) of a JSON operation. What may be repeated is sent again after a lost answer."""
+    async def ask(self, name: str, call: Call | None = None, read=None, **rest):
+        """What `read` makes of the Domain's answer, (status, body) where none is given. What may be repeated is sent again
+        where the Domain was away or its answer was lost."""
         operation = self.operations[name]
         keyed = any(given.name == "Idempotency-Key" for given in operation.parameters)
         waits = REPEATS if operation.method == "GET" or keyed or name == "domain_find_caller" else ()
         for wait in (*waits, None):
             try:
-                response = await self.open(name, call, **rest)
-                data = await read_whole(response)
-                return response.status, json.loads(data) if data else None
+                return await (read or read_json)(await self.open(name, call, **rest))
             except Problem as problem:
                 if problem.code != "domain_unavailable" or wait is None:
                     raise
                 await asyncio.sleep(wait)
 
-    def background(self, work) -> asyncio.Task:
+    def background(self, work) -> None:
+        """Run beside the requests; what it raises is logged by asyncio."""
         task = asyncio.ensure_future(work)
         self.tasks.add(task)
-        task.add_done_callback(self.forget)
-        return task
-
-    def forget(self, task) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and task.exception():
-            log.error("in the background", exc_info=task.exception())
+        task.add_done_callback(self.tasks.discard)
 
 
-async def read_whole(response) -> bytes:
+@contextlib.contextmanager
+def reading():
+    """Around each read of an answer. A ValueError is a line that broke off."""
     try:
+        yield
+    except (*LOST, ValueError) as error:
+        log.info("an answer of the Domain broke off: %r", error)
+        raise Problem("domain_unavailable", BROKEN) from error
+
+
+async def read_json(response) -> tuple[int, dict | None]:
+    """(status, body) of an answer."""
+    with reading():
         async with response:
-            return await response.read()
-    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-        raise Problem("domain_unavailable", "the Domain went away in mid-answer: try again") from error
+            data = await response.read()
+    return response.status, json.loads(data) if data else None
 
 
-def problem_of(status: int, data: bytes) -> Problem:
+async def back_off(tries: int) -> int:
+    """The pause behind a failed try of what is tried without end; how many have failed."""
+    await asyncio.sleep(BACKOFF[min(tries, len(BACKOFF) - 1)])
+    return tries + 1
+
+
+async def read_problem(response) -> Problem:
     """The Domain's error, to be passed on as our own."""
     try:
-        error = json.loads(data)["error"]
+        error = (await read_json(response))[1]["error"]
         more = {name: error[name] for name in ("field", "message_ids") if name in error}
         return Problem(error["code"], error["message"], **more)
     except (ValueError, KeyError, TypeError):
-        return Problem("internal", f"the Domain answered {status} with something that is no error of ours")
+        return Problem("internal", f"the Domain answered {response.status} with something that is no error of ours")
 
 
 def private_key(settings: Settings):
@@ -186,13 +167,11 @@ def private_key(settings: Settings):
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    given = settings.edge_private_key
+    given, pem = settings.edge_private_key, serialization.Encoding.PEM
     path = pathlib.Path(given or settings.data / "edge_private_key.pem")
     if not given and not path.exists():
-        pem = serialization.Encoding.PEM
-        key = Ed25519PrivateKey.generate()
         plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        write_private(path, key.private_bytes(pem, *plain).decode())
+        write_private(path, Ed25519PrivateKey.generate().private_bytes(pem, *plain).decode())
     try:
         text = given.replace("\\n", "\n") if "-----BEGIN" in given else path.read_text()
         key = serialization.load_pem_private_key(text.encode(), None)
@@ -200,8 +179,7 @@ def private_key(settings: Settings):
         raise SystemExit(f"liminal: the Edge's private key cannot be read: {error}; see EDGE_PRIVATE_KEY") from None
     if not isinstance(key, Ed25519PrivateKey):
         raise SystemExit("liminal: the Edge's private key is not an Ed25519 key")
-    public = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    text = key.public_key().public_bytes(*public).decode()
+    text = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
     known = settings.data / "edge_public_key.pem"
     if not settings.edge_public_key and (not known.exists() or known.read_text() != text):
         write_private(known, text)
@@ -209,34 +187,24 @@ def private_key(settings: Settings):
 
 
 ################ Following a run
-# One task for each running reply, whether or not a client listens: it brings the database bundles, too. When the Domain goes
-# away it follows again, from where it was; clients notice a pause.
+# One task for each running reply, whether or not a client listens: it brings the database bundles, too. When the Domain
+# goes away it follows again, from where it was; clients notice a pause.
 
 
 class Reply:
-    """A running reply as the Edge knows it: the open bundles, and a window of closed ones as (start, end, events, bytes)."""
+    """A running reply as the Edge knows it: open bundles, and a window of closed ones as (start, end, events, SSE)."""
 
-    def __init__(self, message_id: str, user_id: str, position: int, began: float | None = None):
+    def __init__(self, message_id: str, user_id: str, position: int = 0, began: float | None = None):
         self.message_id, self.user_id, self.head, self.done = message_id, user_id, None, None
         self.position = self.begin = self.end = position  # what has come; where the window begins, and ends
         self.window, self.window_bytes = collections.deque(), 0
         self.open, self.open_bytes, self.timer = [], 0, None
         self.unstored, self.unstored_at, self.unstored_bytes = [], position, 0
         self.began, self.edge_ttft_ms, self.told_ttft = began, None, False
-        self.heard_at, self.response, self.waiters = time.monotonic(), None, []
+        self.heard_at, self.response, self.changed = time.monotonic(), None, asyncio.Event()
 
-    def wake(self) -> None:
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def changed(self) -> asyncio.Future:
-        self.waiters.append(asyncio.get_running_loop().create_future())
-        return self.waiters[-1]
-
-    def start(self, position: int) -> dict:
-        return {**self.head, "position": position}
+    def holds(self, position: int) -> bool:
+        return self.begin <= position <= self.end
 
     def after(self, position: int) -> bytes:
         """What the window holds strictly after a position that lies in it, encoded."""
@@ -244,79 +212,87 @@ class Reply:
         for start, end, events, data in reversed(self.window):
             if end <= position:
                 break
-            found.append(data if start >= position else encode_events(cut(events, position - start), position))
+            found.append(data if start >= position else encode_events(cut(events, position - start), position)[0])
         return b"".join(reversed(found))
 
 
-def encode_events(events: list[dict], position: int) -> bytes:
+def pulse(event: asyncio.Event) -> None:
+    """Wake all who wait for it now; who comes later waits for the next time."""
+    event.set()
+    event.clear()
+
+
+def encode_events(events: list[dict], position: int) -> tuple[bytes, int]:
+    """(events behind a position as SSE, the position that they lead to)."""
     made = []
     for event in events:
-        position += size(event)
-        made.append(sse(event, position))
-    return b"".join(made)
+        kind = event["type"]
+        position = event["position"] if kind in ("start", "done") else position + size(event)
+        made.append(sse(event, None if kind == "start" else position))
+    return b"".join(made), position
 
 
 async def read_events(edge: Edge, response) -> AsyncIterator[tuple[list[dict], int]]:
     """(events, bytes) of each read of a Domain's stream; an empty list for a ping."""
     tail = b""
-    async for data in response.content.iter_any():
-        *lines, tail = (tail + data).split(b"\n") if tail else data.split(b"\n")
-        events = [json.loads(line) for line in lines if line]
-        if edge.settings.check_events:
-            for event in events:
-                check_event(event)
-        yield events, len(data)
+    with reading():
+        async for data in response.content.iter_any():
+            *lines, tail = (tail + data).split(b"\n") if tail else data.split(b"\n")
+            events = [json.loads(line) for line in lines if line]
+            if edge.settings.check_events:
+                for event in events:
+                    check_event(event)
+            yield events, len(data)
 
 
-LOST = (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError)
+async def read_first(edge: Edge, response) -> tuple:
+    """(response, reader, events, bytes) of the first read that holds any, of which the first is `start`; Problem where
+    one of them is wrong, so that nothing is begun."""
+    reader = read_events(edge, response)
+    async for events, weight in reader:
+        if events:
+            return response, reader, events, weight
+    raise Problem("domain_unavailable", BROKEN)
 
 
-async def follow_run(edge: Edge, reply: Reply, response=None, reader=None) -> None:
-    """Take in a reply's events until its `done`, over as many connections as it needs."""
-    waits = backoff()
+async def follow_run(edge: Edge, reply: Reply, opened: tuple | None = None) -> None:
+    """Take in a reply's events until its `done`, over as many connections as it takes; one may be `opened` already."""
+    tries = 0
     while not reply.done:
         try:
-            if response is None:
-                await bring_bundles(edge, reply)
-                response = await edge.open("domain_stream_message", message_id=reply.message_id, after=reply.position)
-                reader = read_events(edge, response)
-                edge.metrics.count("liminal_follows_total")
-            reply.response = response
+            reply.response, reader = opened or await reopen(edge, reply)
             async for events, weight in reader:
-                reply.heard_at = time.monotonic()
+                tries, reply.heard_at = 0, time.monotonic()
                 for event in events:
                     bundle(edge, reply, event, weight // len(events))
-                waits = backoff()
-        except LOST as error:
-            log.info("the stream of %s broke off: %r", reply.message_id, error)
         except Problem as problem:
             if problem.code != "domain_unavailable":
                 log.error("the reply %s cannot be followed: %s", reply.message_id, problem.message)
-                end_reply(edge, reply, failed_end(reply, problem))
+                unknown = dict.fromkeys(("stop_reason", "usage", "timing"))
+                done = {"type": "done", "status": "error", "position": reply.position, "error": problem.detail(None)}
+                end_reply(edge, reply, done | unknown)
         finally:
-            if response is not None:
-                response.close()
-            response = reply.response = None
+            if reply.response:
+                reply.response.close()
+            opened = reply.response = None
         if not reply.done:
-            await asyncio.sleep(next(waits))
+            tries = await back_off(tries)
 
 
-async def bring_bundles(edge: Edge, reply: Reply) -> None:
-    """Before following anew: where the Domain was killed, it has only what we bring, and its `done` must not fall short of
-    what clients have seen."""
+async def reopen(edge: Edge, reply: Reply) -> tuple:
+    """(response, reader) of a reply from where it was. Where the Domain was killed, it has only what we bring, and its
+    `done` must not fall short of what clients have seen: so that comes first."""
     enqueue(edge, reply, "end")
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(edge.queue.brought(), DRAIN)
-
-
-def failed_end(reply: Reply, problem: Problem) -> dict:
-    rest = dict.fromkeys(("stop_reason", "usage", "timing"))
-    return {"type": "done", "status": "error", "position": reply.position, **rest, "error": problem.detail(None)}
+    response = await edge.open("domain_stream_message", message_id=reply.message_id, after=reply.position)
+    edge.metrics.count("liminal_follows_total")
+    return response, read_events(edge, response)
 
 
 ################ Bundling
-# What one token costs decides how fast Liminal is: here it is two appends and two comparisons. The first token of a reply
-# leaves at once, so that the time to the first token is not taxed by the timer.
+# What one token costs decides how fast Liminal is: here it is two appends and two comparisons. The first token of a
+# reply leaves at once, so that the time to the first token is not taxed by the timer.
 
 
 def bundle(edge: Edge, reply: Reply, event: dict, weight: int) -> None:
@@ -324,7 +300,7 @@ def bundle(edge: Edge, reply: Reply, event: dict, weight: int) -> None:
     kind = event["type"]
     if kind == "start":
         reply.head = reply.head or event
-        return reply.wake()
+        return pulse(reply.changed)
     if kind == "done":
         return end_reply(edge, reply, event)
     reply.position += len(event["text"]) if kind == "text" else size(event)
@@ -356,8 +332,8 @@ def close_bundle(edge: Edge, reply: Reply, cause: str) -> None:
         reply.timer = None
     if not reply.open:
         return
-    events, tokens = joined(reply.open), len(reply.open)
-    start, reply.end, data = reply.end, reply.position, encode_events(events, reply.end)
+    events, tokens, start = joined(reply.open), len(reply.open), reply.end
+    data, reply.end = encode_events(events, start)
     reply.open, reply.open_bytes = [], 0
     reply.window.append((start, reply.end, events, data))
     reply.window_bytes += len(data)
@@ -366,7 +342,7 @@ def close_bundle(edge: Edge, reply: Reply, cause: str) -> None:
         reply.window_bytes -= len(old)
     edge.metrics.count("liminal_bundles_total", consumer="client", cause=cause)
     edge.metrics.observe("liminal_client_bundle_tokens", tokens)
-    reply.wake()
+    pulse(reply.changed)
 
 
 def end_reply(edge: Edge, reply: Reply, done: dict) -> None:
@@ -377,149 +353,118 @@ def end_reply(edge: Edge, reply: Reply, done: dict) -> None:
         done = {**done, "timing": {**done["timing"], "edge_ttft_ms": known}}
     reply.done = done
     edge.replies.pop(reply.message_id, None)
-    reply.wake()
+    pulse(reply.changed)
 
 
 ################ The queue
-# Database bundles on their way to the Domain; nobody's stream ever waits for them. In memory while all is well; when that is
-# full, or the Domain is away, in overflow.db, from where they are replayed by themselves before anything newer. Storing is
-# idempotent by position, so a batch whose answer was lost is simply sent again.
-
-
-@dataclasses.dataclass(slots=True)
-class Waiting:
-    """A bundle in the queue. `id` gives the order, over memory and overflow.db; `age` counts from `created_at` (epoch s)."""
-
-    id: int
-    bundle: dict
-    bytes: int
-    created_at: float
-    tries: int = 0
-    where: str = "queue"
-
-    def row(self) -> dict:
-        known = {"id": self.id, "bytes": self.bytes, "created_at": self.created_at, "tries": self.tries}
-        return {**known, "message_id": self.bundle["message_id"], "bundle": encode_json(self.bundle)}
+# Database bundles on their way to the Domain; nobody's stream ever waits for them. In memory while all is well; when
+# that is full, or the Domain is away, in overflow.db, from where they are replayed by themselves before anything newer.
+# Storing is idempotent by position, so a batch whose answer was lost is simply sent again.
 
 
 class Queue:
-    """Bundles in their order. `take` gives the oldest batch; then either `settle` it or `keep` it."""
+    """Bundles in their order, as {id, bundle, bytes, created_at (epoch s), tries, where}; the ids give the order over
+    memory and overflow.db. `take` gives the oldest batch; then either `settle` it or `keep` it."""
 
     def __init__(self, limit: int, overflow: Database, metrics: Metrics):
         self.limit, self.overflow, self.metrics = limit, overflow, metrics
-        self.memory, self.taken, self.arrived, self.moved = asyncio.Queue(limit), [], asyncio.Event(), asyncio.Event()
-        self.rows, self.newest = overflow.writer.execute(COUNT_OVERFLOW).fetchone()
+        self.memory, self.taken, self.changed = asyncio.Queue(limit), [], asyncio.Event()
+        count = "select count(*), coalesce(max(id), 0) from overflow"
+        self.rows, self.newest = overflow.writer.execute(count).fetchone()
         self.settled = 0 if self.rows else self.newest  # everything up to this id has been brought
         self.writing = 0  # bundles handed to overflow.db whose insert has not been answered
 
     def put(self, bundle: dict, weight: int) -> None:
         self.newest += 1
-        item = Waiting(self.newest, bundle, weight, time.time())
+        item = {"id": self.newest, "bundle": bundle, "bytes": weight, "created_at": time.time()}
+        item |= {"tries": 0, "where": "queue"}
         if self.rows or self.memory.full():
             self.spill([item])
         else:
             self.memory.put_nowait(item)
-        self.arrived.set()
+        pulse(self.changed)
 
-    def spill(self, items: list[Waiting]) -> None:
-        """Send these, and whatever waits in memory, to overflow.db; where it refuses, too, they are left to the Domain."""
+    def held(self) -> Iterator[dict]:
+        """What waits in memory, taken out one by one."""
         while not self.memory.empty():
-            items.append(self.memory.get_nowait())
+            yield self.memory.get_nowait()
+
+    def spill(self, items: list[dict]) -> None:
+        """Send these, and whatever waits in memory, to overflow.db. Where it refuses, too, they are left to the Domain,
+        which holds the runs, and stores by itself what nobody brings."""
+        items = [*items, *self.held()]
+
+        def answered(written: asyncio.Future) -> None:
+            self.writing -= len(items)
+            if not written.cancelled() and (error := written.exception()):
+                self.rows -= len(items)
+                self.metrics.count("liminal_left_to_domain_total", len(items))
+                log.error("overflow.db takes nothing: %s", error)
+
         if self.writing + len(items) > self.limit + BATCH_COUNT:
-            return self.leave(len(items))
+            return self.metrics.count("liminal_left_to_domain_total", len(items))
         self.rows, self.writing = self.rows + len(items), self.writing + len(items)
-        rows = [item.row() for item in items]
-        self.overflow.write(insert_overflow, rows).add_done_callback(functools.partial(self.spilled, len(items)))
+        self.overflow.write(insert_overflow, items).add_done_callback(answered)
 
-    def spilled(self, count: int, future: asyncio.Future) -> None:
-        self.writing -= count
-        if not future.cancelled() and (error := future.exception()):
-            self.rows -= count
-            self.leave(count)
-            log.error("overflow.db takes nothing: %s", error)
-
-    def leave(self, count: int) -> None:
-        """The Domain holds the runs, and stores by itself what nobody brings."""
-        self.metrics.count("liminal_left_to_domain_total", count)
-
-    async def take(self) -> list[Waiting]:
+    async def take(self) -> list[dict]:
         """The oldest batch: of overflow.db as long as anything waits there, else of memory, once something comes."""
         while not self.taken:
             if self.rows:
-                found = await self.overflow.write(select_overflow, BATCH_COUNT)  # in the writer's order, behind every insert
+                found = await self.overflow.write(select_overflow, BATCH_COUNT)  # by the writer: behind every insert
                 self.rows = self.rows if found else self.writing
-                self.taken = first_bytes(list(map(stored_item, found)))
+                self.taken = first_batch(found)
             elif not self.memory.empty():
-                held = [self.memory.get_nowait() for _ in range(min(BATCH_COUNT, self.memory.qsize()))]
-                self.taken = first_bytes(held)
-                for item in held[len(self.taken) :]:
-                    self.memory.put_nowait(item)
+                self.taken = first_batch(self.held())
             else:
-                self.arrived.clear()
-                await self.arrived.wait()
+                await self.changed.wait()
         return self.taken
 
     async def settle(self) -> None:
         """The Domain has answered for the batch: only now is it forgotten."""
-        taken = self.taken
-        if taken[0].where == "overflow":
-            await self.overflow.write(delete_overflow, taken[-1].id)
-            self.rows -= len(taken)
-            self.metrics.count("liminal_replayed_total", len(taken))
-        self.taken, self.settled = [], taken[-1].id
-        self.moved.set()
+        last = self.taken[-1]["id"]
+        if self.taken[0]["where"] == "overflow":
+            await self.overflow.write(delete_overflow, last)
+            self.rows -= len(self.taken)
+            self.metrics.count("liminal_replayed_total", len(self.taken))
+        self.taken, self.settled = [], last
+        pulse(self.changed)
 
     async def keep(self) -> None:
         """The Domain is away: the batch stays, on disk from now on."""
         taken, self.taken = self.taken, []
-        for item in taken:
-            item.tries += 1
-        if taken and taken[0].where == "overflow":
-            await self.overflow.write(touch_overflow, taken[-1].id)
-        elif taken:
+        if taken and taken[0]["where"] == "queue":
             self.spill(taken)
+        if taken:
+            await self.overflow.write(touch_overflow, taken[-1]["id"])
 
     async def brought(self) -> None:
         """Wait until everything that is in the queue now has reached the Domain."""
         newest = self.newest
         while self.settled < newest:
-            self.moved.clear()
-            await self.moved.wait()
-
-    async def waiting(self, limit: int) -> list[dict]:
-        """What waits, oldest first."""
-        stored = map(stored_item, await self.overflow.read(select_overflow, limit))
-        held = [item for item in (*self.taken, *self.memory._queue) if item.where == "queue"]
-        return [describe(item) for item in sorted((*stored, *held), key=lambda item: item.id)[:limit]]
+            await self.changed.wait()
 
 
-def first_bytes(items: list[Waiting]) -> list[Waiting]:
-    """The items up to BATCH_BYTES, at least one."""
-    totals = itertools.accumulate(item.bytes for item in items)
-    return [item for item, total in zip(items, totals) if total - item.bytes < BATCH_BYTES]
+def first_batch(items: Iterable[dict]) -> list[dict]:
+    """Of the items the first, at most BATCH_COUNT, up to the one that reaches BATCH_BYTES."""
+    batch, weight = [], 0
+    for item in items:
+        batch.append(item)
+        weight += item["bytes"]
+        if weight >= BATCH_BYTES or len(batch) == BATCH_COUNT:
+            break
+    return batch
 
 
-def stored_item(row) -> Waiting:
-    return Waiting(row["id"], json.loads(row["bundle"]), row["bytes"], row["created_at"], row["tries"], "overflow")
-
-
-def describe(item: Waiting) -> dict:
-    age = {"age_s": round(max(0.0, time.time() - item.created_at), 3), "tries": item.tries, "bytes": item.bytes}
-    return {"message_id": item.bundle["message_id"], "position": item.bundle["position"], "where": item.where, **age}
-
-
-COUNT_OVERFLOW = "select count(*), coalesce(max(id), 0) from overflow"
-
-
-def insert_overflow(db, rows: list[dict]) -> None:
+def insert_overflow(db, items: list[dict]) -> None:
     sql = """insert into overflow (id, message_id, bundle, bytes, created_at, tries)
              values (:id, :message_id, :bundle, :bytes, :created_at, :tries)"""
-    db.executemany(sql, rows)
+    texts = ({"message_id": item["bundle"]["message_id"], "bundle": encode_json(item["bundle"])} for item in items)
+    db.executemany(sql, [item | text for item, text in zip(items, texts)])
 
 
-def select_overflow(db, limit: int) -> list:
-    sql = "select id, bundle, bytes, created_at, tries from overflow order by id limit :limit"
-    return db.execute(sql, {"limit": limit}).fetchall()
+def select_overflow(db, limit: int) -> list[dict]:
+    sql = "select id, bundle, bytes, created_at, tries, 'overflow' as \"where\" from overflow order by id limit :limit"
+    return [{**row, "bundle": json.loads(row["bundle"])} for row in db.execute(sql, {"limit": limit})]
 
 
 def delete_overflow(db, last: int) -> None:
@@ -545,22 +490,22 @@ def enqueue(edge: Edge, reply: Reply, cause: str) -> None:
 
 async def drain(edge: Edge) -> None:
     """Bring the queue to the Domain, in order, a batch at a time; no answer, or any other than a good one, keeps it."""
-    waits = backoff()
+    tries = 0
     while True:
         try:
             batch = await edge.queue.take()
-            await edge.ask("domain_store_bundles", body={"bundles": [item.bundle for item in batch]})
+            await edge.ask("domain_store_bundles", body={"bundles": [item["bundle"] for item in batch]})
             for item in batch:
-                edge.metrics.observe("liminal_queue_wait_seconds", time.time() - item.created_at)
+                edge.metrics.observe("liminal_queue_wait_seconds", time.time() - item["created_at"])
             await edge.queue.settle()
-            waits = backoff()
+            tries = 0
             await asyncio.sleep(BATCH_PAUSE)
         except Problem as problem:
             if problem.code != "domain_unavailable":
                 log.error("a batch of bundles has to wait: %s", problem.message)
             with contextlib.suppress(Problem):  # only the count of tries is lost
                 await edge.queue.keep()
-            await asyncio.sleep(next(waits))
+            tries = await back_off(tries)
 
 
 async def tend(edge: Edge) -> None:
@@ -573,137 +518,102 @@ async def tend(edge: Edge) -> None:
             if reply.response and time.monotonic() - reply.heard_at > DEAF:
                 reply.response.close()
             if not beat % 10:
-                reply.wake()
+                pulse(reply.changed)
 
 
 ################ Streaming and resume
-# A client is only a position. Where the window holds what it needs next it is served from there, else from the Domain: so
-# live, late, resumed and slow clients are one path, and none of them delays another.
+# A client is only a position. Where the window holds what it needs next it is served from there, else from the Domain:
+# so live, late, resumed and slow clients are one path, and none of them delays another.
 
 
 class Client:
-    """An open stream, so that it can be closed when its key is revoked."""
+    """An open stream, how far it has come, and whose it is: it is closed when its key is revoked."""
 
-    def __init__(self, call: Call):
-        self.user_id, self.key_id, self.transport = call.user_id, call.key_id, call.request.transport
+    def __init__(self, call: Call, message_id: str, position: int):
+        self.call, self.message_id, self.position, self.begun, self.ended = call, message_id, position, False, False
+        self.response, self.written, self.tries = web.StreamResponse(headers=SSE_HEADERS), 0.0, 0
+
+    async def write(self, data: bytes) -> None:
+        await self.response.write(data)
+        self.written = time.monotonic()
 
 
-async def stream_events(edge: Edge, call: Call, message_id: str, after: int, reply: Reply | None = None):
+async def stream_events(edge: Edge, call: Call, message_id: str, after: int = 0, reply: Reply | None = None):
     """Answer with a reply's events strictly after a position, as SSE, until its `done`."""
-    response, client = web.StreamResponse(headers=SSE_HEADERS), Client(call)
+    client = Client(call, message_id, after)
     edge.clients.add(client)
     try:
-        await response.prepare(call.request)
-        await response.write(RETRY)
-        async with contextlib.aclosing(events_after(edge, call, message_id, after, reply)) as stream:
-            async for data in stream:
-                await response.write(data)
+        await client.response.prepare(call.request)
+        await client.write(RETRY)
+        while not client.ended and not edge.closing:
+            reply = edge.replies.get(message_id) or reply
+            if reply and reply.holds(client.position):
+                await write_window(edge, client, reply)
+            else:
+                await write_replay(edge, client)
     except ConnectionError:
         pass  # the client has gone: it only detaches
     except Problem as problem:
         log.warning("a stream of %s ends: %s", message_id, problem.message)
     finally:
         edge.clients.discard(client)
-    return response
+    return client.response
 
 
-async def events_after(edge: Edge, call: Call, message_id: str, position: int, reply: Reply | None) -> AsyncIterator[bytes]:
-    """A reply's events strictly after a position, encoded, with a comment as ping through every silence."""
-    begun = ended = False
-    while not ended and not edge.closing:
-        reply = edge.replies.get(message_id) or reply
-        if reply is None or not reply.begin <= position <= reply.end:
-            async with contextlib.aclosing(from_domain(edge, call, message_id, position, begun)) as replay:
-                async for data, position, ended in replay:
-                    yield data
-            begun = True
-            continue
-        written = time.monotonic()
-        while reply.begin <= position and not ended and not edge.closing:
-            if not begun and reply.head:
-                begun = True
-                yield sse(reply.start(position))
-            elif position < reply.end:
-                data, position = reply.after(position), reply.end
-                yield data
-            elif reply.done:
-                ended = True
-                yield sse(reply.done, reply.done["position"])
-            elif time.monotonic() - written >= PING:
-                yield b": ping\n\n"
-            else:
-                await reply.changed()
-                continue
-            written = time.monotonic()
+async def write_window(edge: Edge, client: Client, reply: Reply) -> None:
+    """What the Edge has and gets of a reply, with a comment as ping through every silence: until the end, or until the
+    window has moved past the client."""
+    while reply.begin <= client.position and not client.ended and not edge.closing:
+        if not client.begun and reply.head:
+            client.begun = True
+            await client.write(sse({**reply.head, "position": client.position}))
+        elif client.position < reply.end:
+            data, client.position = reply.after(client.position), reply.end
+            await client.write(data)
+        elif reply.done:
+            client.ended = True
+            await client.write(sse(reply.done, reply.done["position"]))
+        elif time.monotonic() - client.written >= PING:
+            await client.write(COMMENT)
+        else:
+            await reply.changed.wait()
 
 
-async def from_domain(edge: Edge, call: Call, message_id: str, position: int, begun: bool):
-    """(encoded events, position behind them, whether that was `done`) straight from the Domain: until the end, or until the
-    window of a running reply is reached. The Domain's backpressure is the client's own."""
-    waits = backoff()
-    while not edge.closing:
-        response = None
-        try:
-            response = await edge.open("domain_stream_message", call, message_id=message_id, after=position)
+async def write_replay(edge: Edge, client: Client) -> None:
+    """What the Domain has and gets of a reply: until the end, until the window is reached, or until the connection
+    breaks off. Its backpressure is the client's own."""
+    asked = {"message_id": client.message_id, "after": client.position}
+    try:
+        with contextlib.closing(await edge.open("domain_stream_message", client.call, **asked)) as response:
             async for events, _ in read_events(edge, response):
-                made = []
-                for event in events:
-                    if event["type"] == "start":
-                        made += [] if begun else [sse(event)]
-                        begun = True
-                        continue
-                    position = event["position"] if event["type"] == "done" else position + size(event)
-                    made.append(sse(event, position))
-                ended = bool(events) and events[-1]["type"] == "done"
-                yield b"".join(made) if events else b": ping\n\n", position, ended
-                reply = edge.replies.get(message_id)
-                if ended or reply and reply.begin <= position <= reply.end:
+                fresh = [event for event in events if event["type"] != "start" or not client.begun]
+                data, client.position = encode_events(fresh, client.position)
+                client.begun, client.tries = client.begun or bool(events), 0
+                client.ended = bool(events) and events[-1]["type"] == "done"
+                await client.write(data if events else COMMENT)
+                reply = edge.replies.get(client.message_id)
+                if client.ended or reply and reply.holds(client.position):
                     return
-        except LOST as error:
-            log.info("a replay of %s broke off: %r", message_id, error)
-        except Problem as problem:
-            if problem.code != "domain_unavailable" or not begun:
-                raise
-        finally:
-            if response is not None:
-                response.close()
-        await asyncio.sleep(next(waits))
+    except Problem as problem:
+        if problem.code != "domain_unavailable" or not client.begun:
+            raise
+    client.tries = await back_off(client.tries)
 
 
 ################ Handlers: messages
 # Bound by operationId. Most operations are the Domain's own behind another path, and are passed on.
 
 
-async def forward(edge: Edge, call: Call):
-    """Ask the Domain's operation of the same name, and give its answer as ours."""
-    if call.arguments.get("Idempotency-Key") is None:
-        call.arguments["Idempotency-Key"] = str(uuid.uuid4())
-    return await edge.ask("domain_" + call.operation.id, call, body=call.body)
+async def forward(edge: Edge, call: Call, **rest):
+    """Ask the Domain's operation of the same name, and give its answer as ours. No Idempotency-Key came: one is made."""
+    call.arguments["Idempotency-Key"] = call.arguments.get("Idempotency-Key") or str(uuid.uuid4())
+    return await edge.ask("domain_" + call.operation.id, call, body=call.body, **rest)
 
 
 async def begin_reply(edge: Edge, call: Call) -> Reply:
-    """Send the Domain what asks for a new reply, and follow it; after a lost answer send it again with the same key."""
-    began, key = time.monotonic(), call.arguments["Idempotency-Key"] or str(uuid.uuid4())
-    for wait in (*REPEATS, None):
-        try:
-            response = await edge.open("domain_" + call.operation.id, call, body=call.body, **{"Idempotency-Key": key})
-            reader = read_events(edge, response)
-            async for events, weight in reader:
-                if events:
-                    return take_up(edge, call, events, weight, response, reader, began)
-            response.close()
-        except LOST as error:
-            log.info("an answer of the Domain was lost: %r", error)
-        except Problem as problem:
-            if problem.code != "domain_unavailable" or wait is None:
-                raise
-        if wait is not None:
-            await asyncio.sleep(wait)
-    raise Problem("domain_unavailable", "the Domain went away in mid-answer: send the same Idempotency-Key again")
-
-
-def take_up(edge: Edge, call: Call, events: list[dict], weight: int, response, reader, began: float) -> Reply:
-    """The reply that an opened stream begins; one that is followed already is not followed twice."""
+    """Send the Domain what asks for a new reply, and follow it."""
+    began = time.monotonic()
+    response, reader, events, weight = await forward(edge, call, read=functools.partial(read_first, edge))
     message_id = events[0]["message_id"]
     if known := edge.replies.get(message_id):
         response.close()
@@ -711,45 +621,37 @@ def take_up(edge: Edge, call: Call, events: list[dict], weight: int, response, r
     reply = edge.replies[message_id] = Reply(message_id, call.user_id, 0, began)
     for event in events:
         bundle(edge, reply, event, weight // len(events))
-    edge.background(follow_run(edge, reply, response, reader))
+    edge.background(follow_run(edge, reply, (response, reader)))
     return reply
 
 
 async def send_message(edge: Edge, call: Call):
+    """Begin a reply, and give it in the form that was asked for; a retry has only one."""
     streamed, background = call.body.pop("stream", True), call.body.pop("background", False)
     reply = await begin_reply(edge, call)
     if background:
-        ids = {"thread_id": reply.head["thread_id"], "user_message_id": reply.head["user_message_id"]}
+        ids = {name: reply.head[name] for name in ("thread_id", "user_message_id")}
         return 202, {**ids, "message_ids": [reply.message_id]}
     if streamed:
-        return await stream_events(edge, call, reply.message_id, 0, reply)
+        return await stream_events(edge, call, reply.message_id, reply=reply)
     while not reply.done:
         if edge.closing:
             raise Problem("domain_unavailable", "this server is stopping; the reply goes on: ask again for its message")
-        await reply.changed()
+        await reply.changed.wait()
     return await edge.ask("domain_get_message", call, message_id=reply.message_id)
 
 
-async def retry_message(edge: Edge, call: Call):
-    reply = await begin_reply(edge, call)
-    return await stream_events(edge, call, reply.message_id, 0, reply)
-
-
 async def stream_message(edge: Edge, call: Call):
-    """Attach from a position. A running reply that nobody follows yet (the Edge is new) is followed from what is stored."""
+    """Attach from a position. A run that nobody follows yet (the Edge is new) is followed from what is stored."""
     asked = call.arguments["Last-Event-ID"]
     after, ref = (call.arguments["after"] or 0) if asked is None else asked, call.arguments["message_id"]
     known = edge.replies.get(ref)
     if known is None or known.user_id != call.user_id or after > known.end:
         await attach_runs(edge, call.user_id)
-        response = await edge.open("domain_stream_message", call, after=after)  # it judges id, owner and position
-        try:
-            async for events, _ in read_events(edge, response):
-                if events:
-                    ref = events[0]["message_id"]
-                    break
-        finally:
-            response.close()
+        judge = functools.partial(read_first, edge)  # the Domain judges id, owner and position
+        response, _, events, _ = await edge.ask("domain_stream_message", call, read=judge, after=after)
+        response.close()
+        ref = events[0]["message_id"]
     if after:
         edge.metrics.count("liminal_resumes_total")
     return await stream_events(edge, call, ref, after)
@@ -757,7 +659,7 @@ async def stream_message(edge: Edge, call: Call):
 
 async def attach_runs(edge: Edge, user_id: str | None = None) -> None:
     """Follow the running replies that are not followed yet, from what is stored of them."""
-    _, found = await edge.ask("domain_list_runs", user_id=user_id)
+    _, found = await edge.ask("domain_list_runs", **{"x-user-id": user_id})
     for run in found["runs"]:
         if run["message_id"] not in edge.replies:
             reply = edge.replies[run["message_id"]] = Reply(run["message_id"], run["user_id"], run["stored"])
@@ -771,7 +673,7 @@ async def cancel_message(edge: Edge, call: Call):
 
 
 ################ Who may come in
-# The Domain knows keys and sessions by their hash; its word is believed for a minute, and forgotten at once on revoking.
+# The Domain knows keys and sessions by their hash; its word is believed for a minute, and forgotten on revoking.
 
 
 async def authenticate(edge: Edge, call: Call) -> None:
@@ -781,15 +683,15 @@ async def authenticate(edge: Edge, call: Call) -> None:
     given = "key" if scheme.lower() == "bearer" and secret else "session"
     secret = secret.strip() if given == "key" else call.request.cookies.get("session", "")
     if not secret or given not in needed or secret.startswith("lt_sk_") != (given == "key"):
-        words = "send the cookie of a session" if "key" not in needed else "send the header `Authorization: Bearer lt_sk_...`"
-        raise Problem("unauthorized", f"{words}; the owner's key is in data/cli.key")
-    caller = await find_caller(edge, call, hash_of(secret))
+        words = "the header `Authorization: Bearer lt_sk_...`" if "key" in needed else "the cookie of a session"
+        raise Problem("unauthorized", f"send {words}; the owner's key is in data/cli.key")
+    caller = await find_caller(edge, hash_of(secret))
     call.user, call.user_id, call.key_id = caller["user"], caller["user"]["id"], caller["key_id"]
     if "owner" in needed[given] and call.user["role"] != "owner":
         raise Problem("forbidden", "only an owner may do this")
 
 
-async def find_caller(edge: Edge, call: Call, hash: str) -> dict:
+async def find_caller(edge: Edge, hash: str) -> dict:
     caller, until = edge.callers.get(hash, (None, 0))
     if until < time.monotonic():
         _, caller = await edge.ask("domain_find_caller", body={"hash": hash})
@@ -803,25 +705,15 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def shut_out(edge: Edge, key_id: str | None = None, user_id: str | None = None) -> None:
-    """Forget what is known of a key or a user, and close their streams; their runs go on."""
-    known = {hash: one for hash, one in edge.callers.items() if not (one[0]["key_id"] == key_id or one[0]["user"]["id"] == user_id)}
-    edge.callers = known
+async def shut_out(edge: Edge, call: Call):
+    """Revoke a key or delete a user: forget what is known of it, and close its streams; its runs go on."""
+    status, gone = await forward(edge, call)
+    known = edge.callers.items()
+    edge.callers = {hash: one for hash, one in known if gone["id"] not in (one[0]["key_id"], one[0]["user"]["id"])}
     for client in list(edge.clients):
-        if (client.key_id == key_id or client.user_id == user_id) and client.transport:
-            client.transport.abort()
-
-
-async def revoke_key(edge: Edge, call: Call):
-    status, key = await forward(edge, call)
-    shut_out(edge, key_id=key["id"])
-    return status, key
-
-
-async def delete_user(edge: Edge, call: Call):
-    status, user = await forward(edge, call)
-    shut_out(edge, user_id=user["id"])
-    return status, user
+        if gone["id"] in (client.call.key_id, client.call.user_id) and client.call.request.transport:
+            client.call.request.transport.abort()
+    return status, gone
 
 
 async def create_session(edge: Edge, call: Call):
@@ -846,26 +738,38 @@ async def delete_session(edge: Edge, call: Call):
 ################ Handlers: the server itself
 
 
+def totals(edge: Edge, *names: str) -> dict[str, int]:
+    return {name: int(edge.metrics.value(f"liminal_{name}_total")) for name in names}
+
+
 async def list_overflow(edge: Edge, call: Call):
-    found = await edge.queue.waiting(call.arguments["limit"])
-    left = edge.metrics.value("liminal_left_to_domain_total")
-    return {"waiting": found, "queue": edge.queue.memory.qsize(), "overflow": edge.queue.rows, "left_to_domain": int(left)}
+    """What waits, oldest first."""
+    queue, limit = edge.queue, call.arguments["limit"]
+    stored = await queue.overflow.read(select_overflow, limit)
+    held = [item for item in (*queue.taken, *queue.memory._queue) if item["where"] == "queue"]
+    found = [
+        {name: item["bundle"][name] for name in ("message_id", "position")}
+        | {name: item[name] for name in ("where", "tries", "bytes")}
+        | {"age_s": round(max(0.0, time.time() - item["created_at"]), 3)}
+        for item in sorted((*stored, *held), key=lambda item: item["id"])[:limit]
+    ]
+    figures = {"queue": queue.memory.qsize(), "overflow": queue.rows, **totals(edge, "left_to_domain")}
+    return {"waiting": found, **figures}
 
 
 async def get_stats(edge: Edge, call: Call):
     """Both servers' figures, as people ask for them."""
     _, known = await edge.ask("domain_get_stats", call)
-    causes = {who: edge.metrics.by_label("liminal_bundles_total", "cause", consumer=who) for who in ("client", "database")}
+    metrics, queue, consumers = edge.metrics, edge.queue, ("client", "database")
+    ttft = {who: known.pop(f"{who}_ttft_ms") for who in ("provider", "domain")}
+    ttft["edge"] = metrics.quantiles("liminal_edge_ttft_seconds", 1000)
     zero = dict.fromkeys(("first", "size", "time", "end"), 0)
-    sizes = {f"{who}_tokens": edge.metrics.quantiles(f"liminal_{who}_bundle_tokens") for who in causes}
-    counts = {name: int(edge.metrics.value(f"liminal_{name}_total")) for name in ("replayed", "left_to_domain")}
-    waits = edge.metrics.quantiles("liminal_queue_wait_seconds", 1000)
-    queue = {"waiting": edge.queue.memory.qsize(), "overflow": edge.queue.rows, **counts, "wait_ms": waits}
-    ttft = {"provider": known.pop("provider_ttft_ms"), "domain": known.pop("domain_ttft_ms")}
-    ttft["edge"] = edge.metrics.quantiles("liminal_edge_ttft_seconds", 1000)
-    own = {name: int(edge.metrics.value(f"liminal_{name}_total")) for name in ("resumes", "cancellations")}
-    bundles = {**{who: zero | found for who, found in causes.items()}, **sizes}
-    return {"ttft_ms": ttft, "bundles": bundles, "queue": queue, "clients": len(edge.clients), **own, **known}
+    causes = {who: zero | metrics.by_label("liminal_bundles_total", "cause", consumer=who) for who in consumers}
+    sizes = {f"{who}_tokens": metrics.quantiles(f"liminal_{who}_bundle_tokens") for who in consumers}
+    waits = {"wait_ms": metrics.quantiles("liminal_queue_wait_seconds", 1000)}
+    figures = {"waiting": queue.memory.qsize(), "overflow": queue.rows, **totals(edge, "replayed", "left_to_domain")}
+    own = {"clients": len(edge.clients), **totals(edge, "resumes", "cancellations")}
+    return {"ttft_ms": ttft, "bundles": causes | sizes, "queue": figures | waits, **own, **known}
 
 
 async def get_status(edge: Edge, call: Call):
@@ -915,19 +819,23 @@ METRICS = {
     "liminal_database_bundle_tokens": ("tokens in a database bundle", TOKENS),
     "liminal_queue_wait_seconds": ("from a bundle's closing to the Domain's answer", SECONDS),
 }
-FORWARDED = """get_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
-    list_messages fork_thread search_messages list_runs list_tools list_models list_providers put_provider delete_provider create_user list_users create_key
-    list_keys""".split()
-OWN = (send_message, retry_message, stream_message, cancel_message, revoke_key, delete_user, create_session, delete_session)
+FORWARDED = (
+    """get_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
+    fork_thread list_messages search_messages list_runs list_tools list_models list_providers put_provider
+    delete_provider create_user list_users create_key list_keys""".split()
+)
+OWN = {fn.__name__: fn for fn in (send_message, stream_message, cancel_message, create_session, delete_session)}
+OWN |= {fn.__name__: fn for fn in (list_overflow, get_stats, get_status, health, metrics)}
+OWN |= {"retry_message": send_message, "revoke_key": shut_out, "delete_user": shut_out, "contract": contract_document}
 
 
 async def make_app(settings: Settings) -> web.Application:
     edge = Edge(settings)
-    own = {fn.__name__: fn for fn in (*OWN, list_overflow, get_stats, get_status, health, metrics)} | {"contract": contract_document}
-    handlers = {name: functools.partial(fn, edge) for name, fn in (own | dict.fromkeys(FORWARDED, forward)).items()}
+    known = OWN | dict.fromkeys(FORWARDED, forward)
+    handlers = {name: functools.partial(fn, edge) for name, fn in known.items()}
     app = make_application("edge", handlers, functools.partial(authenticate, edge), settings, edge.metrics)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5)
-    edge.http = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0))
+    timeout, connector = aiohttp.ClientTimeout(total=None, sock_connect=5), aiohttp.TCPConnector(limit=0)
+    edge.http = aiohttp.ClientSession(timeout=timeout, connector=connector, json_serialize=encode_json)
     for work in (drain, tend, attach_at_start):
         edge.background(work(edge))
     app.on_shutdown.append(lambda app: shut_down(edge))
@@ -937,19 +845,19 @@ async def make_app(settings: Settings) -> web.Application:
 
 async def attach_at_start(edge: Edge) -> None:
     """Replies that ran while no Edge was there are followed again."""
-    for wait in backoff():
+    for tries in itertools.count():
         try:
             return await attach_runs(edge)
         except Problem:
-            await asyncio.sleep(wait)
+            await back_off(tries)
 
 
 async def shut_down(edge: Edge) -> None:
-    """SIGTERM: streams end without `done`, which tells clients to reconnect; what the database waits for is brought there."""
+    """SIGTERM: streams end without `done`, which tells clients to reconnect; the queue is brought to the Domain."""
     edge.closing = True
     for reply in list(edge.replies.values()):
         enqueue(edge, reply, "end")
-        reply.wake()
+        pulse(reply.changed)
     end = time.monotonic() + DRAIN
     while time.monotonic() < end and (edge.queue.memory.qsize() or edge.queue.taken and not edge.queue.rows):
         await asyncio.sleep(0.02)
@@ -959,7 +867,7 @@ async def close(edge: Edge) -> None:
     for task in list(edge.tasks):
         task.cancel()
     await asyncio.gather(*edge.tasks, return_exceptions=True)
-    edge.queue.spill([item for item in edge.queue.taken if item.where == "queue"])
+    edge.queue.spill([item for item in edge.queue.taken if item["where"] == "queue"])
     edge.queue.overflow.close()
     await edge.http.close()
 
