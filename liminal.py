@@ -1899,7 +1899,7 @@ def search(client: Client, options) -> int:
     bold, plain = ("\x1b[1m", "\x1b[0m") if coloured(sys.stdout) else ("", "")
     for one in found:
         say(f"{one['thread_id'][:8]} {one['message_id'][:8]} {local_time(one['created_at'])} {one['role']}")
-        for piece in re.split("([\x02\x03])", " ".join(one["snippet"].split())):
+        for piece in re.split("([\x02\x03])", re.sub("[ \\t\\r\\n]+", " ", one["snippet"])):
             print({"\x02": bold, "\x03": plain}.get(piece, printable(piece)), end="")
         say("\n")
     return 0 if found else fail("nothing found", 1)

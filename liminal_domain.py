@@ -2422,18 +2422,18 @@ async def authenticate(domain: Domain, call: Call) -> None:
 
     scheme, _, token = call.request.headers.get("Authorization", "").partition(" ")
     if scheme != "Bearer":
-        raise Problem("unauthorized", "the Domain takes only calls that the Edge has signed")
+        raise Problem("unauthorized", "the Domain takes only calls that the Edge has signed", field="Authorization")
     required = ["iss", "sub", "aud", "iat", "exp", "jti", "scopes"]
     try:
         given = {"algorithms": ["EdDSA"], "audience": "liminal-domain", "issuer": "liminal-edge"}
         claims = jwt.decode(token, edge_public_key(domain), options={"require": required}, **given)
     except jwt.PyJWTError as error:
-        raise Problem("unauthorized", f"the Edge's token is not valid: {error}") from None
+        raise Problem("unauthorized", f"the Edge's token is not valid: {error}", field="Authorization") from None
     times = [claims[name] for name in ("iat", "exp") if isinstance(claims[name], (int, float))]
     fits = claims["sub"] == "edge-service" and len(times) == 2 and times[1] - times[0] <= LIFETIME
     if not fits or not isinstance(claims["scopes"], list):
         words = "its subject, lifetime or scopes are not as agreed"
-        raise Problem("unauthorized", f"the Edge's token is not valid: {words}")
+        raise Problem("unauthorized", f"the Edge's token is not valid: {words}", field="Authorization")
     lacking = set(call.operation.security["edge"]) - set(map(str, claims["scopes"]))
     if lacking:
         raise Problem("forbidden", f"the Edge's token lacks the scope {min(lacking)}")
@@ -2451,7 +2451,7 @@ def edge_public_key(domain: Domain):
             domain.public_key = seen, load_pem_public_key(text.encode())
         except (OSError, ValueError) as error:
             words = f"the Edge's public key cannot be read ({error}): start the Edge once"
-            raise Problem("unauthorized", words) from None
+            raise Problem("unauthorized", words, field="Authorization") from None
     return domain.public_key[1]
 
 

@@ -93,22 +93,29 @@ class Edge:
         for parameter in operation.parameters:
             if (value := known.get(parameter.name)) is not None:
                 given[parameter.where][parameter.name] = str(value)
-        headers = {"Authorization": f"Bearer {self.token(operation.security.get('edge', []))}", **given["header"]}
-        if call:
-            headers["x-request-id"] = call.request_id
+        headers = {**given["header"], **({"x-request-id": call.request_id} if call else {})}
         path = operation.path.format_map({key: urllib.parse.quote(value, "") for key, value in given["path"].items()})
         url = yarl.URL(f"{self.settings.domain_url}{path}?{urllib.parse.urlencode(given['query'])}", encoded=True)
-        try:
-            response = await self.http.request(operation.method, url, headers=headers, json=body)
-        except LOST as error:
-            words = f"the Domain does not answer at {self.settings.domain_url}: `liminal up` starts it"
-            raise Problem("domain_unavailable", words) from error
-        if response.status >= 400:
-            raise await read_problem(response)
-        return response
+        for last in (False, True):
+            headers["Authorization"] = f"Bearer {self.token(operation.security.get('edge', []))}"
+            try:
+                response = await self.http.request(operation.method, url, headers=headers, json=body)
+            except LOST as error:
+                words = f"the Domain does not answer at {self.settings.domain_url}: `liminal up` starts it"
+                raise Problem("domain_unavailable", words) from error
+            if response.status < 400:
+                return response
+            problem = await read_problem(response)
+            ours = problem.more.get("field") == "Authorization"  # it is our signature that is not taken, no user's key
+            if not ours or last:  # it may have expired while the Domain was stopped
+                break
+        if ours:
+            log.error("the Domain takes no signature of ours: %s", problem.message)
+            raise Problem("domain_unavailable", f"the Domain does not take this Edge's signature: {problem.message}")
+        raise problem
 
     async def ask(self, name: str, call: Call | None = None, read=None, **rest):
-        """What `read` makes of the Domain's answer, (status, body) where none is given. What may be repeated is sent again
+        """What `read` makes of the Domain's answer: (status, body) unless told. What may be repeated is sent again
         where the Domain was away or its answer was lost."""
         operation = self.operations[name]
         keyed = any(given.name == "Idempotency-Key" for given in operation.parameters)
@@ -203,9 +210,6 @@ class Reply:
         self.began, self.edge_ttft_ms, self.told_ttft = began, None, False
         self.heard_at, self.response, self.changed = time.monotonic(), None, asyncio.Event()
 
-    def holds(self, position: int) -> bool:
-        return self.begin <= position <= self.end
-
     def after(self, position: int) -> bytes:
         """What the window holds strictly after a position that lies in it, encoded."""
         found = []
@@ -217,7 +221,7 @@ class Reply:
 
 
 def pulse(event: asyncio.Event) -> None:
-    """Wake all who wait for it now; who comes later waits for the next time."""
+    """Wake all who wait now; who comes later waits for the next time."""
     event.set()
     event.clear()
 
@@ -371,7 +375,6 @@ class Queue:
         self.memory, self.taken, self.changed = asyncio.Queue(limit), [], asyncio.Event()
         count = "select count(*), coalesce(max(id), 0) from overflow"
         self.rows, self.newest = overflow.writer.execute(count).fetchone()
-        self.settled = 0 if self.rows else self.newest  # everything up to this id has been brought
         self.writing = 0  # bundles handed to overflow.db whose insert has not been answered
 
     def put(self, bundle: dict, weight: int) -> None:
@@ -398,13 +401,17 @@ class Queue:
             self.writing -= len(items)
             if not written.cancelled() and (error := written.exception()):
                 self.rows -= len(items)
-                self.metrics.count("liminal_left_to_domain_total", len(items))
+                self.leave(len(items))
                 log.error("overflow.db takes nothing: %s", error)
 
         if self.writing + len(items) > self.limit + BATCH_COUNT:
-            return self.metrics.count("liminal_left_to_domain_total", len(items))
+            return self.leave(len(items))
         self.rows, self.writing = self.rows + len(items), self.writing + len(items)
         self.overflow.write(insert_overflow, items).add_done_callback(answered)
+
+    def leave(self, count: int) -> None:
+        self.metrics.count("liminal_left_to_domain_total", count)
+        pulse(self.changed)
 
     async def take(self) -> list[dict]:
         """The oldest batch: of overflow.db as long as anything waits there, else of memory, once something comes."""
@@ -426,7 +433,7 @@ class Queue:
             await self.overflow.write(delete_overflow, last)
             self.rows -= len(self.taken)
             self.metrics.count("liminal_replayed_total", len(self.taken))
-        self.taken, self.settled = [], last
+        self.taken = []
         pulse(self.changed)
 
     async def keep(self) -> None:
@@ -438,10 +445,21 @@ class Queue:
             await self.overflow.write(touch_overflow, taken[-1]["id"])
 
     async def brought(self) -> None:
-        """Wait until everything that is in the queue now has reached the Domain."""
+        """Wait until nothing of what is in the queue now waits any more."""
         newest = self.newest
-        while self.settled < newest:
+        while self.rows or any(items and items[0]["id"] <= newest for items in (self.taken, self.memory._queue)):
             await self.changed.wait()
+
+    async def waiting(self, limit: int) -> list[dict]:
+        """What waits, oldest first, as the API tells it."""
+        stored = await self.overflow.write(select_overflow, limit)  # by the writer: behind every insert
+        held = [item for item in (*self.taken, *self.memory._queue) if item["where"] == "queue"]
+        return [
+            {name: item["bundle"][name] for name in ("message_id", "position")}
+            | {name: item[name] for name in ("where", "tries", "bytes")}
+            | {"age_s": round(max(0.0, time.time() - item["created_at"]), 3)}
+            for item in sorted((*stored, *held), key=lambda item: item["id"])[:limit]
+        ]
 
 
 def first_batch(items: Iterable[dict]) -> list[dict]:
@@ -522,8 +540,8 @@ async def tend(edge: Edge) -> None:
 
 
 ################ Streaming and resume
-# A client is only a position. Where the window holds what it needs next it is served from there, else from the Domain:
-# so live, late, resumed and slow clients are one path, and none of them delays another.
+# A client is only a position. Where the window holds, or will hold, what it needs next, it is served from there, else
+# from the Domain: so live, late, resumed and slow clients are one path, and none of them delays another.
 
 
 class Client:
@@ -547,7 +565,7 @@ async def stream_events(edge: Edge, call: Call, message_id: str, after: int = 0,
         await client.write(RETRY)
         while not client.ended and not edge.closing:
             reply = edge.replies.get(message_id) or reply
-            if reply and reply.holds(client.position):
+            if reply and reply.begin <= client.position:
                 await write_window(edge, client, reply)
             else:
                 await write_replay(edge, client)
@@ -592,7 +610,7 @@ async def write_replay(edge: Edge, client: Client) -> None:
                 client.ended = bool(events) and events[-1]["type"] == "done"
                 await client.write(data if events else COMMENT)
                 reply = edge.replies.get(client.message_id)
-                if client.ended or reply and reply.holds(client.position):
+                if client.ended or reply and reply.begin <= client.position:
                     return
     except Problem as problem:
         if problem.code != "domain_unavailable" or not client.begun:
@@ -605,7 +623,7 @@ async def write_replay(edge: Edge, client: Client) -> None:
 
 
 async def forward(edge: Edge, call: Call, **rest):
-    """Ask the Domain's operation of the same name, and give its answer as ours. No Idempotency-Key came: one is made."""
+    """Ask the Domain's operation of the same name, and give its answer as ours. It always has an Idempotency-Key."""
     call.arguments["Idempotency-Key"] = call.arguments.get("Idempotency-Key") or str(uuid.uuid4())
     return await edge.ask("domain_" + call.operation.id, call, body=call.body, **rest)
 
@@ -664,12 +682,6 @@ async def attach_runs(edge: Edge, user_id: str | None = None) -> None:
         if run["message_id"] not in edge.replies:
             reply = edge.replies[run["message_id"]] = Reply(run["message_id"], run["user_id"], run["stored"])
             edge.background(follow_run(edge, reply))
-
-
-async def cancel_message(edge: Edge, call: Call):
-    answer = await forward(edge, call)
-    edge.metrics.count("liminal_cancellations_total")
-    return answer
 
 
 ################ Who may come in
@@ -743,18 +755,9 @@ def totals(edge: Edge, *names: str) -> dict[str, int]:
 
 
 async def list_overflow(edge: Edge, call: Call):
-    """What waits, oldest first."""
-    queue, limit = edge.queue, call.arguments["limit"]
-    stored = await queue.overflow.read(select_overflow, limit)
-    held = [item for item in (*queue.taken, *queue.memory._queue) if item["where"] == "queue"]
-    found = [
-        {name: item["bundle"][name] for name in ("message_id", "position")}
-        | {name: item[name] for name in ("where", "tries", "bytes")}
-        | {"age_s": round(max(0.0, time.time() - item["created_at"]), 3)}
-        for item in sorted((*stored, *held), key=lambda item: item["id"])[:limit]
-    ]
+    queue = edge.queue
     figures = {"queue": queue.memory.qsize(), "overflow": queue.rows, **totals(edge, "left_to_domain")}
-    return {"waiting": found, **figures}
+    return {"waiting": await queue.waiting(call.arguments["limit"]), **figures}
 
 
 async def get_stats(edge: Edge, call: Call):
@@ -768,7 +771,7 @@ async def get_stats(edge: Edge, call: Call):
     sizes = {f"{who}_tokens": metrics.quantiles(f"liminal_{who}_bundle_tokens") for who in consumers}
     waits = {"wait_ms": metrics.quantiles("liminal_queue_wait_seconds", 1000)}
     figures = {"waiting": queue.memory.qsize(), "overflow": queue.rows, **totals(edge, "replayed", "left_to_domain")}
-    own = {"clients": len(edge.clients), **totals(edge, "resumes", "cancellations")}
+    own = {"clients": len(edge.clients), **totals(edge, "resumes")}
     return {"ttft_ms": ttft, "bundles": causes | sizes, "queue": figures | waits, **own, **known}
 
 
@@ -812,19 +815,16 @@ METRICS = {
     "liminal_left_to_domain_total": ("database bundles that neither queue nor overflow.db could take", None),
     "liminal_follows_total": ("times a reply was followed anew", None),
     "liminal_resumes_total": ("streams resumed after a position", None),
-    "liminal_cancellations_total": ("replies cancelled", None),
     "liminal_errors_total": ("requests refused, by code", None),
     "liminal_edge_ttft_seconds": ("from a client's request to the first token", SECONDS),
     "liminal_client_bundle_tokens": ("tokens in a client's bundle", TOKENS),
     "liminal_database_bundle_tokens": ("tokens in a database bundle", TOKENS),
     "liminal_queue_wait_seconds": ("from a bundle's closing to the Domain's answer", SECONDS),
 }
-FORWARDED = (
-    """get_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
+FORWARDED = """get_message cancel_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
     fork_thread list_messages search_messages list_runs list_tools list_models list_providers put_provider
     delete_provider create_user list_users create_key list_keys""".split()
-)
-OWN = {fn.__name__: fn for fn in (send_message, stream_message, cancel_message, create_session, delete_session)}
+OWN = {fn.__name__: fn for fn in (send_message, stream_message, create_session, delete_session)}
 OWN |= {fn.__name__: fn for fn in (list_overflow, get_stats, get_status, health, metrics)}
 OWN |= {"retry_message": send_message, "revoke_key": shut_out, "delete_user": shut_out, "contract": contract_document}
 

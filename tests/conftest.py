@@ -48,10 +48,15 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--all"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+    """Without --all: no slow test, and of each parametrized one the first case, unless it was asked for by its own name."""
+    seen, asked = set(), any("::" in word for word in config.args)
+    for item in () if config.getoption("--all") else items:
+        again = item.parent.nodeid + getattr(item, "originalname", item.name)
+        if item.get_closest_marker("slow") and not asked:
+            item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
+        elif again in seen and not asked:
+            item.add_marker(pytest.mark.skip(reason="a further case: runs with --all"))
+        seen.add(again)
 
 
 ################ An installation: processes with an environment made from nothing

@@ -347,15 +347,15 @@ class Provider:
     def close_gate(self):
         self.loop.call_soon_threadsafe(self.gate.clear)
 
-    def wait_gate(self, n=1, timeout=5):
+    def wait_gate(self, n=1, timeout=20):
         """Wait until answers have come to a gate n times."""
         self.wait(lambda: self.at_gate >= n, timeout, f"{n} at the gate")
 
-    def wait_requests(self, n=1, timeout=5) -> list[dict]:
+    def wait_requests(self, n=1, timeout=20) -> list[dict]:
         self.wait(lambda: len(self.requests) >= n, timeout, f"{n} requests")
         return self.requests
 
-    def wait_closed(self, n=1, timeout=5) -> list[tuple]:
+    def wait_closed(self, n=1, timeout=20) -> list[tuple]:
         self.wait(lambda: len(self.closed) >= n, timeout, f"{n} answers left by their clients")
         return self.closed
 

@@ -29,6 +29,7 @@ BODIES = {
     "update_thread": {"title": "taken over"},
     "retry_message": {},
     "create_thread": {},
+    "fork_thread": {"message_id": NOBODY},
     "create_user": {"name": "by a member"},
     "create_key": {"name": "k"},
     "put_provider": {"kind": "demo"},

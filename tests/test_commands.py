@@ -332,7 +332,7 @@ def test_a_progress_bar_is_shown_on_a_terminal(quiet):
 
 def test_without_yes_and_a_terminal_nothing_is_killed(quiet):
     for name in ("edge", "domain"):
-        one_line(quiet.cli("test", "network", "--kill", name, input="y\n"), 1, "nothing was killed", "-y")
+        one_line(quiet.cli("test", "network", "--kill", name, input="y\n"), 1, "nothing was done", "-y")
         assert quiet.servers[name].process.poll() is None
 
 

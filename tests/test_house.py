@@ -270,7 +270,12 @@ def test_no_statement_touches_both_databases():
 
 
 def test_no_database_is_attached():
-    assert not [text for script in SCRIPTS for text in texts(tree(script)) if re.match(r"\s*attach\s+(database\b|')", text, re.I)]
+    assert not [
+        text
+        for script in SCRIPTS
+        for text in texts(tree(script))
+        if re.match(r"\s*attach\s+(database\b|')", text, re.I)
+    ]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

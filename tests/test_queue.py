@@ -20,7 +20,7 @@ from conftest import Liminal, status, text, with_provider
 from prometheus_client.parser import text_string_to_metric_families
 
 from liminal import Database, Metrics
-from liminal_edge import BATCH_BYTES, BATCH_COUNT, METRICS, Queue, Waiting
+from liminal_edge import BATCH_BYTES, BATCH_COUNT, METRICS, Queue
 from provider import Provider
 
 MESSAGE = "11111111-1111-4111-8111-111111111111"
@@ -73,8 +73,8 @@ async def put_many(queue, count, weight=10):
             await asyncio.sleep(0.001)
 
 
-def places(batch: list[Waiting]) -> list[int]:
-    return [item.bundle["position"] for item in batch]
+def places(batch: list[dict]) -> list[int]:
+    return [item["bundle"]["position"] for item in batch]
 
 
 async def bring(queue, count) -> list[list[int]]:
@@ -182,7 +182,7 @@ def test_restart_on_the_same_file_gives_the_same_order(play):
     async def stop(queue):
         put(queue, 0, 10)
         await queue.take()
-        queue.spill([item for item in queue.taken if item.where == "queue"])
+        queue.spill([item for item in queue.taken if item["where"] == "queue"])
 
     async def start(queue):
         put(queue, 10, 20)
