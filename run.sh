@@ -23,7 +23,7 @@ if [ "${1:-}" = check ]; then
     shift
     install "$here[test]" installed-test
     cd "$here"
-    exec "$venv/bin/python" -m pytest -q -n 4 --dist loadfile "$@" # most of a test is waiting, even on two cores
+    exec "$venv/bin/python" -m pytest -q -n 4 --dist worksteal "$@" # most of a test is waiting, even on two cores
 fi
 install "$here" installed
 exec "$venv/bin/liminal" "$@"

@@ -45,18 +45,22 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes seconds; runs with --all only")
+    config.addinivalue_line("markers", "core: runs without --all, though it starts servers of its own")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without --all: no slow test, and of each parametrized one the first case, unless it was asked for by its own name."""
-    seen, asked = set(), any("::" in word for word in config.args)
-    for item in () if config.getoption("--all") else items:
-        again = item.parent.nodeid + getattr(item, "originalname", item.name)
-        if item.get_closest_marker("slow") and not asked:
+    """Without --all: no slow test, of each parametrized one the first case, and none that needs an installation of its own
+    but those marked core; a test that is asked for by its name always runs."""
+    seen = set()
+    for item in () if config.getoption("--all") or any("::" in word for word in config.args) else items:
+        name, own = item.parent.nodeid + getattr(item, "originalname", item.name), {"liminal", "make_liminal"} & set(
+            item.fixturenames
+        )
+        if item.get_closest_marker("slow") or own and not item.get_closest_marker("core"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with --all"))
-        elif again in seen and not asked:
+        elif name in seen:
             item.add_marker(pytest.mark.skip(reason="a further case: runs with --all"))
-        seen.add(again)
+        seen.add(name)
 
 
 ################ An installation: processes with an environment made from nothing

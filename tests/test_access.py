@@ -203,6 +203,7 @@ def test_only_hashes_of_secrets_are_on_disk(liminal):
     assert not [one for one in (secret, cookie, liminal.key) if one.encode() in data or one[6:].encode() in data]
 
 
+@pytest.mark.core
 def test_everything_in_the_data_folder_is_private(liminal):
     liminal.send("x", model="openai/say-1-0")
     wrong = {path.name for path in liminal.data.iterdir() if path.stat().st_mode & 0o077}

@@ -535,6 +535,7 @@ def test_continue_attaches_to_the_running_reply_first(shared):
     assert prompts(shared)[1:] == [("assistant", tokens(9)), ("user", "and now")]
 
 
+@pytest.mark.core
 def test_a_chat_outlives_the_kill_of_the_edge(liminal):
     with running(liminal, "chat", "hi", "-m", "openai/gate-60-25") as process:
         begun = read_until(process.stdout, b" t24")
@@ -580,6 +581,7 @@ def test_the_first_chat_starts_servers_that_outlive_it(plain):
     assert pids == [process_of(plain, name) for name in ("edge", "domain")]
 
 
+@pytest.mark.core
 def test_up_status_and_down(plain):
     assert plain.cli("status").returncode == 3
     assert plain.edge in good(plain.cli("up")) and plain.edge in good(plain.cli("up"))

@@ -488,6 +488,7 @@ def test_thread_is_free_directly_after_done(shared):
 ################ The end of a server
 
 
+@pytest.mark.core
 def test_edge_killed_in_mid_reply_resumes_from_any_position(make_liminal):
     liminal = make_liminal().start()
     with running(liminal, "openai/gate-200-100", position=len(numbered(100))) as (start, events):
@@ -535,6 +536,7 @@ def test_domain_stopped_in_mid_reply_ends_it_as_interrupted(make_liminal):
     assert (message["content"], message["status"], message["error"]) == (" t0 t1", "error", done["error"])
 
 
+@pytest.mark.core
 def test_domain_killed_in_mid_reply_keeps_what_reached_the_edge(make_liminal):
     liminal = make_liminal().start()
     with running(liminal, "openai/gate-200-100", position=len(numbered(100))) as (start, events):
