@@ -722,6 +722,8 @@ def make_application(tag: str, handlers: dict, authenticate, settings: Settings,
             return await handler(request)
         except Problem as problem:
             fault = problem
+        except ConnectionError:
+            fault = Problem("invalid_request", "the client went away in mid-request")  # nobody reads this any more
         except web.HTTPException as error:
             fault = http_problem(error.status, request)
             headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}

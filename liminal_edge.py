@@ -51,6 +51,7 @@ SSE_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 BROKEN = "the Domain went away in mid-answer: try again, with the same Idempotency-Key where one was sent"
+decode_json = json.JSONDecoder().decode
 LOST = (aiohttp.ClientError, OSError)  # of which a timeout is one
 CLAIMS = {"iss": "liminal-edge", "sub": "edge-service", "aud": "liminal-domain"}
 log = logging.getLogger("liminal.edge")
@@ -242,7 +243,9 @@ async def read_events(edge: Edge, response) -> AsyncIterator[tuple[list[dict], i
     with reading():
         async for data in response.content.iter_any():
             *lines, tail = (tail + data).split(b"\n") if tail else data.split(b"\n")
-            events = [json.loads(line) for line in lines if line]
+            events = [
+                decode_json(line.decode()) for line in lines if line
+            ]  # json.loads guesses encodings: 3.3 us, not 2
             if edge.settings.check_events:
                 for event in events:
                     check_event(event)
@@ -531,12 +534,16 @@ async def tend(edge: Edge) -> None:
     silent, and wake clients for a ping."""
     for beat in itertools.count():
         await asyncio.sleep(DATABASE_SECONDS)
+        deaf = time.monotonic() - DEAF
         for reply in list(edge.replies.values()):
             enqueue(edge, reply, "time")
-            if reply.response and time.monotonic() - reply.heard_at > DEAF:
+            if reply.response and reply.heard_at < deaf:
                 reply.response.close()
             if not beat % 10:
                 pulse(reply.changed)
+        for client in list(edge.clients):
+            if client.source and client.heard_at < deaf:
+                client.source.close()
 
 
 ################ Streaming and resume
@@ -550,6 +557,7 @@ class Client:
     def __init__(self, call: Call, message_id: str, position: int):
         self.call, self.message_id, self.position, self.begun, self.ended = call, message_id, position, False, False
         self.response, self.written, self.tries = web.StreamResponse(headers=SSE_HEADERS), 0.0, 0
+        self.source, self.heard_at = None, 0.0  # the Domain's answer that is being replayed
 
     async def write(self, data: bytes) -> None:
         await self.response.write(data)
@@ -602,8 +610,10 @@ async def write_replay(edge: Edge, client: Client) -> None:
     breaks off. Its backpressure is the client's own."""
     asked = {"message_id": client.message_id, "after": client.position}
     try:
-        with contextlib.closing(await edge.open("domain_stream_message", client.call, **asked)) as response:
-            async for events, _ in read_events(edge, response):
+        with contextlib.closing(await edge.open("domain_stream_message", client.call, **asked)) as client.source:
+            client.heard_at = time.monotonic()
+            async for events, _ in read_events(edge, client.source):
+                client.heard_at = time.monotonic()
                 fresh = [event for event in events if event["type"] != "start" or not client.begun]
                 data, client.position = encode_events(fresh, client.position)
                 client.begun, client.tries = client.begun or bool(events), 0
@@ -615,6 +625,10 @@ async def write_replay(edge: Edge, client: Client) -> None:
     except Problem as problem:
         if problem.code != "domain_unavailable" or not client.begun:
             raise
+    finally:
+        client.source = None
+    if time.monotonic() - client.written >= PING:
+        await client.write(COMMENT)
     client.tries = await back_off(client.tries)
 
 
@@ -821,9 +835,9 @@ METRICS = {
     "liminal_database_bundle_tokens": ("tokens in a database bundle", TOKENS),
     "liminal_queue_wait_seconds": ("from a bundle's closing to the Domain's answer", SECONDS),
 }
-FORWARDED = """get_message cancel_message add_reaction remove_reaction create_thread list_threads get_thread update_thread delete_thread
-    fork_thread list_messages search_messages list_runs list_tools list_models list_providers put_provider
-    delete_provider create_user list_users create_key list_keys""".split()
+FORWARDED = """get_message cancel_message add_reaction remove_reaction create_thread list_threads get_thread update_thread
+    delete_thread fork_thread list_messages search_messages list_runs list_tools list_models list_providers put_provider
+    delete_provider create_user list_users create_key list_keys"""
 OWN = {fn.__name__: fn for fn in (send_message, stream_message, create_session, delete_session)}
 OWN |= {fn.__name__: fn for fn in (list_overflow, get_stats, get_status, health, metrics)}
 OWN |= {"retry_message": send_message, "revoke_key": shut_out, "delete_user": shut_out, "contract": contract_document}
@@ -831,7 +845,7 @@ OWN |= {"retry_message": send_message, "revoke_key": shut_out, "delete_user": sh
 
 async def make_app(settings: Settings) -> web.Application:
     edge = Edge(settings)
-    known = OWN | dict.fromkeys(FORWARDED, forward)
+    known = OWN | dict.fromkeys(FORWARDED.split(), forward)
     handlers = {name: functools.partial(fn, edge) for name, fn in known.items()}
     app = make_application("edge", handlers, functools.partial(authenticate, edge), settings, edge.metrics)
     timeout, connector = aiohttp.ClientTimeout(total=None, sock_connect=5), aiohttp.TCPConnector(limit=0)
@@ -858,6 +872,9 @@ async def shut_down(edge: Edge) -> None:
     for reply in list(edge.replies.values()):
         enqueue(edge, reply, "end")
         pulse(reply.changed)
+    for client in edge.clients:
+        if client.source:
+            client.source.close()
     end = time.monotonic() + DRAIN
     while time.monotonic() < end and (edge.queue.memory.qsize() or edge.queue.taken and not edge.queue.rows):
         await asyncio.sleep(0.02)

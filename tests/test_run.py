@@ -132,7 +132,9 @@ def test_a_failed_installation_is_tried_again(checkout):
 def test_check_installs_the_test_packages_and_runs_pytest(checkout):
     assert checkout.run("check", "--all", "-k", "a b").returncode == 0
     install, tests = checkout.calls
-    assert install.endswith(f"-e {checkout.folder}[test]") and tests == "-m pytest -q -n 4 --dist worksteal --all -k a b"
+    assert (
+        install.endswith(f"-e {checkout.folder}[test]") and tests == "-m pytest -q -n 4 --dist worksteal --all -k a b"
+    )
 
 
 def test_check_installs_once(checkout):
