@@ -438,7 +438,8 @@ def matching(pattern):
     known[r"\d"] = "[0-9]"
     pieces = r"\\p\{\w+\}|\\.|\[(?:\\.|[^\]\\])*\]|\$"
     found = re.compile(re.sub(pieces, lambda piece: known.get(piece[0], piece[0]), pattern)).search
-    return lambda value: not isinstance(value, str) or found(value), f"must match {pattern[:80]}"
+    form = pattern if len(pattern) <= 80 else "the form that contracts.json gives"
+    return lambda value: not isinstance(value, str) or found(value), f"must match {form}"
 
 
 def bound(kind: str, compare, why: str):
@@ -593,7 +594,7 @@ class Decoder:
 
     def __init__(self):
         self.tail, self.after_cr, self.begun = b"", False, False
-        self.event, self.data, self.id = "", [], ""
+        self.event, self.data, self.id, self.size = "", [], "", 0
 
     def feed(self, data: bytes) -> list[tuple[str, str, str]]:
         if self.after_cr and data:
@@ -613,7 +614,7 @@ class Decoder:
                 continue
             if self.data:
                 found.append((self.event or "message", "\n".join(self.data), self.id))
-            self.event, self.data = "", []
+            self.event, self.data, self.size = "", [], 0
         return found
 
     def field(self, line: bytes) -> None:
@@ -621,6 +622,9 @@ class Decoder:
         text = value.removeprefix(b" ").decode("utf-8", "replace")
         if name == b"data":
             self.data.append(text)
+            self.size += len(line)
+            if self.size > MAX_LINE:
+                raise ValueError(f"an event of more than {MAX_LINE} bytes")
         elif name == b"event":
             self.event = text
         elif name == b"id" and "\0" not in text:
@@ -1062,6 +1066,7 @@ class Client:
     def __init__(self, settings: Settings, timeout: float = SILENCE, url: str = "", key: str | None = None):
         self.settings, self.url, self.timeout, self.given_key = settings, url or settings.url, timeout, key
         self.base, self.connection, self.sent = urllib.parse.urlsplit(self.url), None, None
+        self.warned = False
 
     @functools.cached_property
     def key(self) -> str:
@@ -1172,13 +1177,24 @@ class Client:
             raise refused(response.status, self.receive(response.read))
         decoder = Decoder()
         while data := self.receive(response.read1, 65536):
-            for _, text, place in decoder.feed(data):
+            events = decoder.feed(data)
+            for _, text, place in events:
                 yield json.loads(text), place
+            if not events:
+                self.look_after_domain()
+
+    def look_after_domain(self) -> None:
+        """A ping, but no event: the Domain may be away; at the default address it is started again."""
+        if not self.warned and Client(self.settings, timeout=3).get("/health")["domain"] != "ok":
+            self.warned = True
+            note("the Domain is away; the reply ends, with what came, when it is back")
+            with contextlib.suppress(Unreachable):
+                connect(self.settings)
 
     def wait_for_server(self, lost_at: float | None) -> None:
         away = time.monotonic() - (lost_at or time.monotonic())
         if lost_at is None:
-            note("the connection was lost; the reply goes on, reconnecting ...")
+            note("the connection was lost; the reply goes on, reconnecting (`liminal up` starts the servers) ...")
         elif away > PATIENCE:
             raise Unreachable(f"{self.url} does not answer; nothing is lost: `liminal chat -c` attaches again")
         else:
@@ -1587,7 +1603,7 @@ def chat(settings: Settings, options) -> int:
             if not content:
                 show_last_turn(client, thread_id)
     fields = present(
-        model=find_model(client, options.model),
+        model=find_model(client, options.model or (not thread_id and settings.model) or None),
         system=options.system,
         thread_id=thread_id,
         tools=options.T if options.tools else False,
@@ -1610,7 +1626,8 @@ def read_file(name: str) -> str:
         text = pathlib.Path(name).read_text().rstrip()
         if "\0" in text:
             raise UnicodeError("it is a binary file")
-        return f"File {name}:\n\n```\n{text}\n```"
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+        return f"File {name}:\n\n{fence}\n{text}\n{fence}"
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise Problem("invalid_request", f"{name} cannot be sent as text: {why}") from None
@@ -1636,6 +1653,8 @@ def find_model(client: Client, name: str | None) -> str | None:
         return exact[0]
     if any(one.startswith(f"{name}/") for one in found):
         return name
+    if not found and (unusable := [one for one in client.list("models") if name in one["id"] and one["why"]]):
+        raise Problem("unknown_model", f"{unusable[0]['id']} cannot be used: {unusable[0]['why']}")
     several = f"{name!r} could be {', '.join(found[:8])}: give more of it"
     words = several if found else f"no usable model has {name!r} in its name"
     raise Problem("unknown_model", f"{words} (`liminal models`)")
@@ -1764,9 +1783,13 @@ class Chat:
         note(f"model: {self.fields.get('model') or 'the default'}")
 
     def slash_system(self, rest: str) -> None:
-        """change the system text: /system Answer in French."""
-        self.fields["system"] = rest
-        note("the system text is set for what follows" if rest else "no system text for what follows")
+        """show or change the system text: /system Answer in French. (/system none takes it away)"""
+        if rest:
+            self.fields["system"] = "" if rest == "none" else rest
+        known = self.fields.get("system")
+        if known is None and (thread_id := self.fields.get("thread_id")):
+            known = find_thread(self.client, thread_id)["system"]
+        note(f"system: {known or 'none'}")
 
     def slash_retry(self, rest: str) -> None:
         """another reply to the same message, with another model if named"""
@@ -1814,8 +1837,10 @@ def keep_history(settings: Settings):
 
 def read_message() -> str:
     """One message from the terminal: a line, with what follows a backslash at its end, or a whole pasted block."""
+    ahead = bool(select.select([sys.stdin], [], [], 0)[0])  # typed while a reply ran: lines of their own
     block = [input("> ")]
-    while block[-1].endswith("\\") or select.select([sys.stdin], [], [], 0.03)[0]:
+    whole = ahead or block[0].startswith("/")
+    while block[-1].endswith("\\") or not whole and select.select([sys.stdin], [], [], 0.03)[0]:
         continued = block[-1].endswith("\\")
         block[-1] = block[-1].removesuffix("\\")
         block.append(input("… " if continued else ""))
@@ -2107,12 +2132,13 @@ def keys(client: Client, options) -> None:
     liminal keys create "my phone"
     [action=list|create|revoke]  what to do
     [name]  the new key's name, or the id of the one to revoke
-    --user ID  make the key for this user's id (owners only)"""
+    --user NAME  make the key for this user, by name or id (owners only)"""
     if options.action == "list":
         keys = client.list("keys")
         table((one["id"][:8], one["prefix"] + "...", one["name"], one["last_used_at"] or "never used") for one in keys)
     elif options.action == "create":
-        made = client.ask("POST", "keys", present(name=named(options), user_id=options.user))
+        user_id = find_user(client, options.user)["id"] if options.user else None
+        made = client.ask("POST", "keys", present(name=named(options), user_id=user_id))
         note("this is shown once; LIMINAL_API_KEY takes it")
         say(made["secret"])
     else:
@@ -2126,15 +2152,27 @@ def users(client: Client, options) -> None:
     """list, create or delete users (owners only)
     liminal users create ada
     [action=list|create|delete]  what to do
-    [name]  the new user's name, or the id of the one to delete"""
+    [name]  the new user's name, or the name or id of the one to delete
+    -y --yes  do not ask"""
     if options.action == "list":
         table((one["id"][:8], one["role"], one["name"]) for one in client.list("users"))
     elif options.action == "create":
         made = client.ask("POST", "users", {"name": named(options)})
         say(f"{made['id']}  {made['name']}")
-        note(f"now give them a key: `liminal keys create NAME --user {made['id'][:8]}`")
+        note(f"now give them a key: `liminal keys create NAME --user {made['name']}`")
     else:
-        remove(client, "users", named(options))
+        user = find_user(client, named(options))
+        if not options.yes:
+            confirm(f"delete the user {user['name']!r} with all keys, threads and messages?")
+        remove(client, "users", user["id"])
+
+
+def find_user(client: Client, ref: str) -> dict:
+    """A user by name, or by the first characters of the id."""
+    found = [one for one in client.list("users") if ref == one["name"] or len(ref) >= 4 and one["id"].startswith(ref)]
+    if len(found) != 1:
+        raise Problem("not_found", f"there is no user {ref!r}" if not found else f"{ref!r} means more than one user")
+    return found[0]
 
 
 @command
@@ -2283,7 +2321,9 @@ def test(client: Client, options) -> int:
     --kill edge|domain  network: kill -9 this server in mid-reply, and start it again
     -y --yes  do not ask before killing
     --json  the figures as one JSON object"""
-    failed = False
+    failed, options.model = False, find_model(client, options.model)
+    if min(options.sessions, options.messages, options.times, options.at_token) < 1:
+        raise Problem("invalid_request", "the numbers must be at least 1")
     kinds = {"concurrent": test_concurrent, "network": test_network, "contract": test_contract}
     for name in kinds if options.what == "all" else [options.what]:
         figures, faults = kinds[name](client, options)
@@ -2389,6 +2429,7 @@ def test_network(client: Client, options) -> tuple[dict, list[str]]:
     client.ask("DELETE", f"threads/{seen.thread_id}")
     figures = {"drops": drops, "status": seen.done["status"], "characters": seen.position}
     figures["seconds"] = round(time.monotonic() - began, 2)
+    figures["verdict"] = "not as promised" if faults else "as promised: nothing lost, nothing twice"
     return figures | {"sha256": hashlib.sha256(seen.text.encode()).hexdigest()[:16]}, faults
 
 

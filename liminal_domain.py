@@ -41,18 +41,19 @@ import aiohttp
 from aiohttp import web
 
 from liminal import Call, Database, Decoder, Metrics, Problem, Settings, check_database, check_event, cut, encode_json
-from liminal import joined, make_application, now, serve, size, stamp, version, write_private
+from liminal import joined, make_application, now, parse_json, serve, size, stamp, version, write_private
 
 PING = 15  # seconds of silence after which the Edge gets an empty line
-LAG = 2.0  # seconds after which a running reply's text is stored even though the Edge has not brought it
+LAG = 1.4  # seconds after which a running reply is stored though the Edge brings nothing: 2 with the tick and commit
 RECENT = 256  # tokens of a run that are kept one by one; older ones are joined, so that a run is no object per token
 PAGE = 16  # pieces handed to a follower at once, so that a replay goes out in bounded writes
 CHUNK = 16_384  # code points of text in one stored row or event, at most 64 KiB
-INDEXED, PIECES = 64 * CHUNK, 64  # code points of a message that search sees, and its rows of at most CHUNK
+INDEXED = 16 * CHUNK  # code points of a message that search sees: one of 8 MB would hold the writer for 4 s
 ATTEMPTS = 4  # calls to an overloaded provider before its error stands; only ever before the first token
 LONGEST_WAIT = 30.0  # seconds between two such calls, whatever the provider asks for
 CONNECT = 10.0  # seconds to connect to a provider
 MODELS_FRESH = 60.0  # seconds for which a provider's own list of models is believed
+ARGUMENTS, ARGUMENT_DEPTH = 1_000_000, 100  # characters and depth of a tool call's arguments
 TITLE = 60  # characters of a first message that make the title of its thread
 BYTES_PER_TOKEN = 3  # the design's estimate, on the safe side for most languages
 ANTHROPIC_MODEL, ANTHROPIC_MAX_TOKENS = "claude-sonnet-5-5", 16_000
@@ -61,6 +62,7 @@ DEMO_MODELS = ["guide", "load-200-50"]
 JSON_COLUMNS = {"models", "prices", "parts", "usage", "timing", "error"}
 NO_TIMING = dict.fromkeys(("provider_ttft_ms", "domain_ttft_ms", "edge_ttft_ms", "total_ms", "tokens_per_s"))
 COUNTS = ("input_tokens", "cached_tokens", "output_tokens")
+KEY_USED = "this Idempotency-Key was used with another body: take a new one"
 OUR_ERROR = "an error of our own; the Domain's log tells more"
 log = logging.getLogger("liminal.domain")
 
@@ -221,7 +223,6 @@ newest_finished = query(  # where a message hangs when it names no parent
        order by number desc limit 1"""
 )
 message_threads = query("select distinct thread_id from messages")
-remove_text = change("delete from message_texts where rowid between :first and :last")
 sum_models = query(  # tokens and cost of a user's replies by model
     """select model, count(*) as runs, sum(status = 'error') as errors,
        sum(coalesce(json_extract(usage, '$.input_tokens'), 0)) as input_tokens,
@@ -283,7 +284,7 @@ def first_positions(events: list[dict], count: int) -> list[dict]:
 def lengthen(db, bundles: list[dict]) -> dict:
     """Store a batch of bundles; {message_id: the position now stored, or "gone"}. Only a message that is still running
     or was interrupted grows: a finished one keeps what its end said."""
-    stored = {}
+    stored, grown = {}, set()
     find = "select position, status, json_extract(error, '$.code') as code from messages where id = :message_id"
     first = """update messages set timing = json_insert(coalesce(timing, '{}'), '$.edge_ttft_ms', :edge_ttft_ms)
                where id = :message_id"""
@@ -296,9 +297,11 @@ def lengthen(db, bundles: list[dict]) -> dict:
         if interrupted or row["status"] in ("pending", "streaming"):
             stored[message_id] = append_parts(db, message_id, bundle["position"], bundle["parts"])
         if interrupted:
-            index_text(db, message_id)
+            grown.add(message_id)
         if "edge_ttft_ms" in bundle:
             db.execute(first, bundle)
+    for message_id in grown:
+        index_text(db, message_id)
     return stored
 
 
@@ -323,15 +326,16 @@ def interrupt_unfinished(db, values: dict) -> int:
 
 
 def index_text(db, message_id: str) -> None:
-    """Make a message's text searchable, once more where it has grown: its first INDEXED code points, in rows of a bounded
-    size (one row of 8 MB would cost 4 s and 180 MB) whose ids begin at seq * PIECES."""
+    """Make a message's first INDEXED code points searchable, once more where it has grown."""
     seq = db.execute("select seq from messages where id = :id", {"id": message_id}).fetchone()["seq"]
-    parts = itertools.chain(*read_chunks(db, message_id, 0, INDEXED // CHUNK))
-    text = text_of(parts)[:INDEXED]
-    remove_text(db, {"first": seq * PIECES, "last": seq * PIECES + PIECES - 1})
-    pieces = [text[begin : begin + CHUNK] for begin in range(0, len(text), CHUNK)]
-    rows = [{"id": seq * PIECES + place, "content": piece} for place, piece in enumerate(pieces)]
-    db.executemany("insert into message_texts (rowid, content) values (:id, :content)", rows)
+    text = ""
+    for row in db.execute("select parts from chunks where message_id = :id order by position", {"id": message_id}):
+        text += text_of(json.loads(row["parts"]))
+        if len(text) >= INDEXED:
+            break
+    db.execute("delete from message_texts where rowid = :seq", {"seq": seq})
+    sql = "insert into message_texts (rowid, content) values (:seq, :content)"
+    db.execute(sql, {"seq": seq, "content": text[:INDEXED]})
 
 
 def text_of(parts: list[dict]) -> str:
@@ -343,9 +347,9 @@ def search_texts(db, values: dict) -> list[dict]:
     words = " ".join('"' + word.replace('"', '""') + '"' for word in values["q"].replace("\0", " ").split())
     sql = """select id as message_id, thread_id, role, created_at,
              snippet(message_texts, 0, char(2), char(3), ' … ', 24) as snippet
-             from message_texts join messages on messages.seq = message_texts.rowid / :pieces
+             from message_texts join messages on messages.seq = message_texts.rowid
              where message_texts match :words and user_id = :user_id order by rank limit :limit"""
-    return query(sql)(db, {**values, "words": words, "pieces": PIECES}) if words else []
+    return query(sql)(db, {**values, "words": words}) if words else []
 
 
 def read_message(db, values: dict) -> dict:
@@ -408,10 +412,8 @@ def rows_up(db, message_id: str | None):
 
 def remove_messages(db, threads: list[str]) -> None:
     values = [{"id": thread} for thread in threads]
-    sql = "select seq * :pieces as first, (seq + 1) * :pieces - 1 as last from messages where thread_id = :id"
-    for thread in threads:
-        for texts in query(sql)(db, {"id": thread, "pieces": PIECES}):
-            remove_text(db, texts)
+    sql = "delete from message_texts where rowid in (select seq from messages where thread_id = :id)"
+    db.executemany(sql, values)
     db.executemany("delete from messages where thread_id = :id", values)
 
 
@@ -689,10 +691,28 @@ def object_of(provider: Provider, text: str, parse, words: str) -> dict:
 
 
 def tool_call(provider: Provider, call_id: str, name: str, text: str) -> dict:
-    """The event of a call whose arguments came as JSON text; no text is none."""
-    text, words = text if text.strip() else "{}", f"called {name} with arguments that are not an object"
-    arguments = object_of(provider, text, lambda text: json.loads(valid(encode_json(json.loads(text)))), words)
+    """The event of a call whose arguments came as JSON text; no text is none. They must fit every later reader: strict
+    JSON, of a bounded size and depth."""
+    text, words = text if text.strip() else "{}", f"called {name} with arguments that are no object we can take"
+    arguments = object_of(provider, text, read_arguments, words)
     return {"type": "tool_call", "tool_call_id": valid(call_id), "name": valid(name), "arguments": arguments}
+
+
+def read_arguments(text: str):
+    if len(text) > ARGUMENTS:
+        raise ValueError(f"more than {ARGUMENTS} characters")
+    value = parse_json(valid(encode_json(json.loads(text))).encode())
+    level = [value]
+    for _ in range(ARGUMENT_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, (dict, list))
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return value
+    raise ValueError(f"nested more than {ARGUMENT_DEPTH} deep")
 
 
 def count_of(usage: dict, name: str) -> int:
@@ -856,7 +876,7 @@ async def read_openai(domain: Domain, provider: Provider, request: dict) -> Asyn
     url, data = f"{provider.base_url}/chat/completions", encode_json(given(body) | request["options"]).encode()
     async with domain.http.post(url, data=data, headers=headers, allow_redirects=False) as response:
         if response.status != 200 or response.content_type != "text/event-stream":
-            kind, words = error_words(await response.content.read(100_000))
+            kind, words = error_words(await read_up_to(response, 100_000))
             if response.status != 200:
                 raise provider_problem(provider, response.status, kind, words, response.headers.get("retry-after"))
             words = f"{provider.name} answered with {response.content_type}: {provider.hide(words)[:200]}"
@@ -910,6 +930,9 @@ class OpenaiChoice:
         known["id"] = piece.get("id") or known["id"]
         known["name"] = function.get("name") or known["name"]
         known["arguments"].append(function.get("arguments") or "")
+        known["size"] = known.get("size", 0) + len(known["arguments"][-1])
+        if known["size"] > ARGUMENTS:
+            raise ValueError(f"a call's arguments have more than {ARGUMENTS} characters")
 
     def finish(self, out: list[dict]) -> list[dict]:
         """The calls and the end, where the server has said why it ended."""
@@ -977,10 +1000,12 @@ async def read_demo(domain: Domain, provider: Provider, request: dict) -> AsyncI
     kind, *numbers = request["model"].split("-")
     said = "".join(part.get("text", "") for part in request["messages"][-1]["parts"])
     prompt = {"type": "usage", "input_tokens": prompt_tokens(request["messages"]), "cached_tokens": 0}
-    asked = re.search(r"(?i)\bread\b.*?([\w./-]*\w\.\w+)", said)
-    if kind == "guide" and asked and not request["rounds"] and "liminal__file_read" in request["tools"]:
+    words = said[:500].split() if kind == "guide" else []  # what a person says, not what was pasted
+    place = next((place for place, word in enumerate(words) if word.lower() == "read"), len(words))
+    asked = next((word.strip("`'\",;:!?") for word in words[place:] if re.search(r"\w\.\w", word)), None)
+    if asked and not request["rounds"] and "liminal__file_read" in request["tools"]:
         call = {"type": "tool_call", "tool_call_id": f"demo_{secrets.token_hex(4)}", "name": "liminal__file_read"}
-        call["arguments"] = {"path": asked[1]}
+        call["arguments"] = {"path": asked}
         yield [{**prompt, "output_tokens": part_tokens(call)}, call]
         yield [{"type": "end", "stop_reason": "tool_use", "blocks": {}}]
         return
@@ -1023,6 +1048,16 @@ async def ask_models(domain: Domain, provider: Provider) -> tuple[list[str], str
     return [*provider.models, *(model for model in found if model not in provider.models)], why
 
 
+async def read_up_to(response, limit: int) -> bytes:
+    """A body to its end, or its first `limit` bytes."""
+    data = b""
+    async for piece in response.content.iter_any():
+        data += piece
+        if len(data) >= limit:
+            break
+    return data[:limit]
+
+
 async def fetch_models(domain: Domain, provider: Provider) -> tuple[list[str], str | None]:
     url, headers = f"{provider.base_url}/models", provider.bearer
     if provider.kind == "anthropic":
@@ -1031,7 +1066,7 @@ async def fetch_models(domain: Domain, provider: Provider) -> tuple[list[str], s
     try:
         limit = aiohttp.ClientTimeout(total=5)
         async with domain.http.get(url, headers=headers, timeout=limit, allow_redirects=False) as response:
-            data = await response.content.read(10_000_000)
+            data = await read_up_to(response, 10_000_000)
             if response.status != 200:
                 return [], provider_problem(provider, response.status, *error_words(data)).message
             return [str(one["id"]) for one in json.loads(data)["data"]], None
@@ -1288,6 +1323,9 @@ def read_config(path: pathlib.Path) -> tuple[dict, dict]:
             if not isinstance(one.get(word, 1), (int, float)) or not 0 < one.get(word, 1) < 1e6:
                 raise ValueError(f"the server {name!r} has a {word} that is no number of seconds")
     permissions = config.get("permissions", {})
+    for kind in ("allow", "deny"):
+        if not isinstance(permissions.get(kind, []), list):
+            raise ValueError(f"permissions.{kind} is no list of patterns")
     return wanted, {kind: [str(one) for one in permissions.get(kind, [])] for kind in ("allow", "deny")}
 
 
@@ -1439,7 +1477,11 @@ async def argument_fault(schema: dict, arguments: dict) -> str | None:
     """What the tool's own schema finds wrong; jsonschema comes with the SDK. No reference is ever fetched."""
     jsonschema, referencing = await import_later("jsonschema"), await import_later("referencing")
     try:
-        validator = jsonschema.Draft202012Validator(schema, registry=referencing.Registry())
+        unsafe = dict.fromkeys(
+            ("pattern", "patternProperties")
+        )  # a hostile one could stop the loop; the server checks them
+        checked = jsonschema.validators.extend(jsonschema.Draft202012Validator, unsafe)
+        validator = checked(schema, registry=referencing.Registry())
         fault = jsonschema.exceptions.best_match(validator.iter_errors(arguments))
     except Exception as error:  # the schema itself is broken: the server may still know what to do with the call
         log.warning("a tool's schema cannot be used: %s", error)
@@ -1483,7 +1525,7 @@ def own_client(domain: Domain, server: ToolServer):
 
     @tool
     async def file_list(path: str = ".") -> str:
-        """List a folder, by its path relative to the root: a line for each entry, folders end with a slash, files tell their size in bytes."""
+        """List a folder below the root: a line for each entry, folders end with a slash, files tell their bytes."""
         return await asyncio.to_thread(list_folder, roots, data, path)
 
     @tool
@@ -1503,7 +1545,7 @@ def own_client(domain: Domain, server: ToolServer):
 
 @contextlib.contextmanager
 def opened(roots: list[str], data: pathlib.Path, path: str):
-    """A descriptor of the file or folder that a path means, below the first root that has it. ValueError says why not."""
+    """A descriptor of what a path means below the first root that has it. ValueError says why not."""
     steps = [step for step in path.split("/") if step not in ("", ".")]
     absolute, fault = os.path.isabs(path), ValueError(f"{path!r} is outside of what may be read")
     for root in () if ".." in steps or "\0" in path else roots:
@@ -1634,7 +1676,7 @@ class Run:
         self.calls, self.tools, self.allow = [], {}, []  # of this round; offered by wire name; allowed for this run
         self.created_at, self.began, self.first_at, self.called_at = now(), time.monotonic(), None, None
         self.heard_at = self.stored_at = self.began
-        self.patience, self.late, self.storing, self.waiters = None, False, False, []
+        self.patience, self.late, self.storing, self.running, self.waiters = None, False, False, False, []
         self.inserted = asyncio.get_running_loop().create_future()  # its row is on disk
         self.ended = asyncio.get_running_loop().create_future()  # `done` may be told
 
@@ -1644,9 +1686,10 @@ class Run:
 
     def stop(self, reason: Problem | str) -> None:
         """End the run: "cancelled", or a Problem. The first reason counts; once its end is being stored none does."""
-        if self.stopping is None and self.task and not self.task.done():
+        if self.stopping is None:
             self.stopping = reason
-            self.task.cancel()
+            if self.running:  # else its first step finds the reason
+                self.task.cancel()
 
     def append(self, event: dict) -> None:
         self.starts.append(self.position)
@@ -1708,7 +1751,7 @@ class Run:
     def timing(self) -> dict:
         ended = time.monotonic()
         seconds = ended - (self.first_at or ended)
-        tokens = (self.usages[-1] or {}).get("output_tokens") or 0
+        tokens = sum(usage["output_tokens"] for usage in self.usages if usage)
         since = {"provider_ttft_ms": self.called_at, "domain_ttft_ms": self.began, "total_ms": self.began}
         until = {**dict.fromkeys(since, self.first_at), "total_ms": ended}
         told = {name: then and until[name] and round((until[name] - then) * 1000, 2) for name, then in since.items()}
@@ -1730,8 +1773,10 @@ def in_chunks(event: dict):
 async def run(domain: Domain, reply: Run) -> None:
     """The life of one reply: what the provider sends is recorded until it ends, fails or is stopped; then its tail and
     its final status go to disk, and only then is `done` told and the thread free."""
-    status, problem = "complete", None
+    status, problem, reply.running = "complete", None, True
     try:
+        if reply.stopping:
+            raise asyncio.CancelledError
         wanted = reply.request["tools"]  # patterns, None for all, False for none; servers may take a while to start
         reply.tools = (
             {} if wanted is False or reply.model.startswith("demo/load") else await domain.tools.offered(wanted)
@@ -1889,7 +1934,7 @@ async def tend(domain: Domain) -> None:
                 reply.stored_at = clock
             elif clock - reply.stored_at > LAG and reply.inserted.done() and not reply.storing:
                 domain.background(store_run(domain, reply))
-            if not beat % 10:
+            if not beat % 2:
                 reply.wake()
 
 
@@ -2019,6 +2064,8 @@ class Domain:
             reply.inserted.cancel()
             reply.stop("cancelled")
             self.release(reply)
+            if reply.task is None:
+                reply.ended.set_result(None)
             raise
 
     def release(self, reply: Run) -> None:
@@ -2038,8 +2085,7 @@ async def begin_once(domain: Domain, call: Call, begin) -> str:
         if not known:
             return await begin(domain, call, values)
     if known[0]["request_hash"] != fingerprint:
-        words = "this Idempotency-Key was used with another body: take a new one"
-        raise Problem("conflict", words, field="Idempotency-Key")
+        raise Problem("conflict", KEY_USED, field="Idempotency-Key")
     return known[0]["message_id"]
 
 
@@ -2266,9 +2312,18 @@ async def domain_store_bundles(domain: Domain, call: Call):
 
 
 async def domain_create_thread(domain: Domain, call: Call):
-    thread = new_thread(call)
+    return await create_thread(domain, new_thread(call))
+
+
+async def create_thread(domain: Domain, thread: dict) -> dict:
+    """A new thread, or the one that the same request made before; `conflict` where its key was used for another."""
     await domain.liminal.write(insert_thread, thread)
-    return await domain.liminal.read(find_thread, {**thread, "thread_id": thread["id"]})
+    found = await domain.liminal.read(find_thread, {**thread, "thread_id": thread["id"]})
+    untouched = found["updated_at"] == found["created_at"]
+    names = ("forked_from", "title", "system", "model") if untouched else ("forked_from",)
+    if pick(found, *names) != pick(thread_of(thread), *names):
+        raise Problem("conflict", KEY_USED, field="Idempotency-Key")
+    return found
 
 
 async def domain_fork_thread(domain: Domain, call: Call):
@@ -2280,9 +2335,9 @@ async def domain_fork_thread(domain: Domain, call: Call):
         raise Problem("thread_busy", words, message_ids=[last])
     more = {"forked_from_thread_id": old["id"], "forked_from_message_id": last, **pick(old, "title", "system", "model")}
     thread = new_thread(call, **more)
-    await domain.liminal.write(insert_thread, thread)
+    made = await create_thread(domain, thread)
     await domain.messages.write(copy_way, last, thread["id"])
-    return await domain.liminal.read(find_thread, {**thread, "thread_id": thread["id"]})
+    return made
 
 
 async def domain_delete_thread(domain: Domain, call: Call):

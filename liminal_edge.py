@@ -1,6 +1,6 @@
 """Liminal's Edge: the process that faces clients.
 
-Owns: API keys at the door, bundling, SSE, resume, the queue of database bundles. Opens no database, speaks to no LLM,
+Owns: API keys at the door, bundling, SSE, resume, the queue of database bundles with overflow.db. Speaks to no LLM,
 writes no status: it may be killed at any time, since every reply lives in the Domain and on disk.
 
 A token's way through this file: follow_run -> bundle -> stream_events, and beside it bundle -> queue -> drain.
@@ -51,7 +51,7 @@ SSE_HEADERS = {
     "X-Accel-Buffering": "no",
 }
 BROKEN = "the Domain went away in mid-answer: try again, with the same Idempotency-Key where one was sent"
-decode_json = json.JSONDecoder().decode
+decode_json = json.JSONDecoder().decode  # json.loads guesses the encoding first: 3.3 us an event, not 2
 LOST = (aiohttp.ClientError, OSError)  # of which a timeout is one
 CLAIMS = {"iss": "liminal-edge", "sub": "edge-service", "aud": "liminal-domain"}
 log = logging.getLogger("liminal.edge")
@@ -141,7 +141,7 @@ def reading():
     """Around each read of an answer. A ValueError is a line that broke off."""
     try:
         yield
-    except (*LOST, ValueError) as error:
+    except (*LOST, ValueError, RecursionError) as error:
         log.info("an answer of the Domain broke off: %r", error)
         raise Problem("domain_unavailable", BROKEN) from error
 
@@ -243,13 +243,12 @@ async def read_events(edge: Edge, response) -> AsyncIterator[tuple[list[dict], i
     with reading():
         async for data in response.content.iter_any():
             *lines, tail = (tail + data).split(b"\n") if tail else data.split(b"\n")
-            events = [
-                decode_json(line.decode()) for line in lines if line
-            ]  # json.loads guesses encodings: 3.3 us, not 2
+            weight = sum(map(len, lines))  # of whole lines, in however many reads they came
+            events = [decode_json(line.decode()) for line in lines if line]
             if edge.settings.check_events:
                 for event in events:
                     check_event(event)
-            yield events, len(data)
+            yield events, weight
 
 
 async def read_first(edge: Edge, response) -> tuple:
@@ -416,15 +415,15 @@ class Queue:
         self.metrics.count("liminal_left_to_domain_total", count)
         pulse(self.changed)
 
-    async def take(self) -> list[dict]:
-        """The oldest batch: of overflow.db as long as anything waits there, else of memory, once something comes."""
+    async def take(self, count: int = BATCH_COUNT) -> list[dict]:
+        """The oldest batch, of at most so many: of overflow.db while anything waits there, else of memory, once it can."""
         while not self.taken:
             if self.rows:
                 found = await self.overflow.write(select_overflow, BATCH_COUNT)  # by the writer: behind every insert
                 self.rows = self.rows if found else self.writing
-                self.taken = first_batch(found)
+                self.taken = first_batch(found, count)
             elif not self.memory.empty():
-                self.taken = first_batch(self.held())
+                self.taken = first_batch(self.held(), count)
             else:
                 await self.changed.wait()
         return self.taken
@@ -465,13 +464,13 @@ class Queue:
         ]
 
 
-def first_batch(items: Iterable[dict]) -> list[dict]:
-    """Of the items the first, at most BATCH_COUNT, up to the one that reaches BATCH_BYTES."""
+def first_batch(items: Iterable[dict], count: int) -> list[dict]:
+    """Of the items the first, at most `count`, up to the one that reaches BATCH_BYTES."""
     batch, weight = [], 0
     for item in items:
         batch.append(item)
         weight += item["bytes"]
-        if weight >= BATCH_BYTES or len(batch) == BATCH_COUNT:
+        if weight >= BATCH_BYTES or len(batch) == count:
             break
     return batch
 
@@ -510,11 +509,12 @@ def enqueue(edge: Edge, reply: Reply, cause: str) -> None:
 
 
 async def drain(edge: Edge) -> None:
-    """Bring the queue to the Domain, in order, a batch at a time; no answer, or any other than a good one, keeps it."""
-    tries = 0
+    """Bring the queue to the Domain, in order, a batch at a time; no answer, or any other than a good one, keeps it.
+    But a bundle that it can never take must not hold up all others: tried alone, it is left to it, and counted."""
+    tries, alone = 0, False
     while True:
         try:
-            batch = await edge.queue.take()
+            batch = await edge.queue.take(1 if alone else BATCH_COUNT)
             await edge.ask("domain_store_bundles", body={"bundles": [item["bundle"] for item in batch]})
             for item in batch:
                 edge.metrics.observe("liminal_queue_wait_seconds", time.time() - item["created_at"])
@@ -525,6 +525,13 @@ async def drain(edge: Edge) -> None:
             if problem.code != "domain_unavailable":
                 log.error("a batch of bundles has to wait: %s", problem.message)
             with contextlib.suppress(Problem):  # only the count of tries is lost
+                refused = problem.code in ("invalid_request", "too_large")
+                if refused and len(edge.queue.taken) == 1:
+                    edge.queue.leave(1)
+                    await edge.queue.settle()
+                    alone = False
+                    continue
+                alone = refused
                 await edge.queue.keep()
             tries = await back_off(tries)
 
@@ -533,13 +540,13 @@ async def tend(edge: Edge) -> None:
     """Twice a second, for all replies at once: close what the database has waited for, notice a Domain that has fallen
     silent, and wake clients for a ping."""
     for beat in itertools.count():
-        await asyncio.sleep(DATABASE_SECONDS)
+        await asyncio.sleep(DATABASE_SECONDS - 0.1)  # what is promised within this time has to be stored by then, too
         deaf = time.monotonic() - DEAF
         for reply in list(edge.replies.values()):
             enqueue(edge, reply, "time")
             if reply.response and reply.heard_at < deaf:
                 reply.response.close()
-            if not beat % 10:
+            if not beat % 4:
                 pulse(reply.changed)
         for client in list(edge.clients):
             if client.source and client.heard_at < deaf:
@@ -732,10 +739,12 @@ def hash_of(secret: str) -> str:
 
 
 async def shut_out(edge: Edge, call: Call):
-    """Revoke a key or delete a user: forget what is known of it, and close its streams; its runs go on."""
-    status, gone = await forward(edge, call)
-    known = edge.callers.items()
-    edge.callers = {hash: one for hash, one in known if gone["id"] not in (one[0]["key_id"], one[0]["user"]["id"])}
+    """Revoke a key or delete a user: forget what is known of callers, even where the answer is lost, and close the
+    streams of what is gone; its runs go on."""
+    try:
+        status, gone = await forward(edge, call)
+    finally:
+        edge.callers.clear()
     for client in list(edge.clients):
         if gone["id"] in (client.call.key_id, client.call.user_id) and client.call.request.transport:
             client.call.request.transport.abort()
@@ -835,9 +844,9 @@ METRICS = {
     "liminal_database_bundle_tokens": ("tokens in a database bundle", TOKENS),
     "liminal_queue_wait_seconds": ("from a bundle's closing to the Domain's answer", SECONDS),
 }
-FORWARDED = """get_message cancel_message add_reaction remove_reaction create_thread list_threads get_thread update_thread
-    delete_thread fork_thread list_messages search_messages list_runs list_tools list_models list_providers put_provider
-    delete_provider create_user list_users create_key list_keys"""
+FORWARDED = """get_message cancel_message add_reaction remove_reaction create_thread list_threads get_thread
+    update_thread delete_thread fork_thread list_messages search_messages list_runs list_tools list_models
+    list_providers put_provider delete_provider create_user list_users create_key list_keys"""
 OWN = {fn.__name__: fn for fn in (send_message, stream_message, create_session, delete_session)}
 OWN |= {fn.__name__: fn for fn in (list_overflow, get_stats, get_status, health, metrics)}
 OWN |= {"retry_message": send_message, "revoke_key": shut_out, "delete_user": shut_out, "contract": contract_document}

@@ -256,7 +256,7 @@ def test_a_user_of_their_own_sees_their_own_threads(shared):
     assert "ada" in good(shared.cli("users")) and good(shared.cli("threads", env=key)) == ""
     one_line(shared.cli("show", env=key), 1, "no thread", "liminal chat")
     one_line(shared.cli("users", env=key), 1, "owner", "forbidden")
-    assert good(shared.cli("users", "delete", user_id[:8])) == "deleted\n" and "ada" not in good(shared.cli("users"))
+    assert good(shared.cli("users", "delete", user_id[:8], "-y")) == "deleted\n" and "ada" not in good(shared.cli("users"))
 
 
 def test_a_provider_is_added_used_and_deleted(shared):
