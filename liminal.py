@@ -2263,9 +2263,11 @@ def status(settings: Settings, options) -> int:
             except (Problem, Unreachable) as error:
                 if getattr(error, "code", "") not in ("forbidden", "domain_unavailable"):
                     faults.append(error)
-                    rows.append(("fault", str(error)))
     bad = [name for name, words in rows if name.endswith(".db") and words != "ok"]
     table(rows)
+    for error in faults[-1:]:
+        if isinstance(error, Exception):
+            report(error)
     return 3 if not well else 1 if faults or bad else 0
 
 

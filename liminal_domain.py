@@ -2017,6 +2017,7 @@ class Domain:
         self.liminal, self.messages = Database(settings.data / "liminal.db"), Database(settings.data / "messages.db")
         self.runs: dict[str, Run] = {}
         self.busy: dict[str, Run] = {}
+        self.deleting: set[str] = set()  # threads that take no new reply any more
         self.locks = weakref.WeakValueDictionary()  # (user, Idempotency-Key): held until its first commit
         self.own_providers, self.models, self.clients, self.tasks, self.tokens = [], {}, {}, set(), 0
         self.first_byte, self.next_byte = map(float, settings.provider_timeouts.split(","))
@@ -2054,6 +2055,8 @@ class Domain:
     @contextlib.contextmanager
     def held(self, reply: Run):
         """The thread is this reply's, or Problem `thread_busy`; taken back where its first commit fails."""
+        if reply.thread_id in self.deleting:
+            raise Problem("not_found", "this thread is being deleted")
         if other := self.busy.get(reply.thread_id):
             words = "a reply is still being generated in this thread: attach to it, stop it, or wait"
             raise Problem("thread_busy", words, message_ids=[other.message_id])
@@ -2345,14 +2348,18 @@ async def domain_delete_thread(domain: Domain, call: Call):
 
 
 async def delete_threads(domain: Domain, ids: list[str]) -> None:
-    """Cancel what runs in the threads, then delete them, first where it is said which threads exist."""
-    while running := [domain.busy[thread_id] for thread_id in ids if thread_id in domain.busy]:
-        for reply in running:
-            reply.stop("cancelled")
-        await asyncio.wait([reply.ended for reply in running])
-    for thread_id in ids:
-        await domain.liminal.write(remove_thread, {"id": thread_id})
-    await domain.messages.write(remove_messages, ids)
+    """Let no reply begin in the threads, cancel what runs there, then delete them, first where it is said which exist."""
+    domain.deleting.update(ids)
+    try:
+        while running := [domain.busy[thread_id] for thread_id in ids if thread_id in domain.busy]:
+            for reply in running:
+                reply.stop("cancelled")
+            await asyncio.wait([reply.ended for reply in running])
+        for thread_id in ids:
+            await domain.liminal.write(remove_thread, {"id": thread_id})
+        await domain.messages.write(remove_messages, ids)
+    finally:
+        domain.deleting.difference_update(ids)
 
 
 async def domain_list_models(domain: Domain, call: Call):

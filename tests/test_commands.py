@@ -375,7 +375,7 @@ def test_network_asks_on_a_terminal_before_it_kills(plain):
     no = plain.terminal("test", "network", "--kill", "edge")
     no.expect(f"process {before}? [y/N] ")
     no.send("\r")
-    no.expect("nothing was killed")
+    no.expect("nothing was done")
     assert no.wait() == 1 and process_of(plain, "edge") == before
     yes = plain.terminal("test", "network", "--kill", "edge", "-m", "demo/load-200-100")
     yes.expect("[y/N] ")

@@ -234,7 +234,7 @@ def test_a_model_that_is_not_there_keeps_the_old_one(talk):
 
 @pytest.mark.slow
 def test_system_text_is_sent_from_then_on(talk, shared):
-    command(talk, "/system Be brief.", "system text is set")
+    command(talk, "/system Be brief.", "system: Be brief.")
     ask(talk, "hi you", "\nhi you")
     assert prompts(shared)[0] == ("system", "Be brief.")
 

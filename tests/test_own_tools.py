@@ -66,7 +66,7 @@ def test_a_file_is_read_by_its_absolute_path_below_a_root(rooted):
 
 @slow
 def test_some_lines_of_a_file_are_read(rooted):
-    assert use(rooted, "file_read", path="a.txt", first_line=2, lines=1) == "second"
+    assert use(rooted, "file_read", path="a.txt", first_line=2, lines=1) == "second\n"
 
 
 @slow

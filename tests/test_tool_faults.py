@@ -216,7 +216,7 @@ def test_start_does_not_wait_for_a_server_that_hangs(faulty, tmp_path):
     add(faulty, "stubborn", tmp_path / "pids", connect_timeout=5)
     with faulty.stream({"content": "hello", "model": "openai/say-1-0"}) as stream:
         next(iter(stream))
-        while not (tmp_path / "pids").exists():
+        while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().strip():
             pass
         pid = int((tmp_path / "pids").read_text().split()[0])
         assert not gone(pid, 0.01), "start came only after the server was given up"
