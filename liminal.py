@@ -2181,7 +2181,7 @@ def providers(client: Client, options) -> None:
     liminal providers key anthropic
     [action=list|add|delete|key]  what to do
     [name]  the provider's name
-    --kind KIND=openai|anthropic|demo  how it is spoken to
+    --kind KIND=openai  how it is spoken to: openai, anthropic or demo
     --base-url URL  its address, as in https://openrouter.ai/api/v1
     --key-env NAME  the variable that holds its key, as in OPENROUTER_API_KEY
     --model MODEL...  a model of it, the default one first (repeatable)"""
