@@ -704,12 +704,8 @@ def read_arguments(text: str):
     value = parse_json(valid(encode_json(json.loads(text))).encode())
     level = [value]
     for _ in range(ARGUMENT_DEPTH):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, (dict, list))
-            for inner in (one.values() if isinstance(one, dict) else one)
-        ]
+        groups = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(itertools.chain(*groups))
         if not level:
             return value
     raise ValueError(f"nested more than {ARGUMENT_DEPTH} deep")
@@ -925,12 +921,12 @@ class OpenaiChoice:
         if index is None:
             index = max(self.calls, default=-1)
             index += 1 if index < 0 or piece.get("id") and piece["id"] != self.calls[index]["id"] else 0
-        known = self.calls.setdefault(index, {"id": "", "name": "", "arguments": []})
+        known = self.calls.setdefault(index, {"id": "", "name": "", "arguments": [], "size": 0})
         function = piece.get("function") or {}
         known["id"] = piece.get("id") or known["id"]
         known["name"] = function.get("name") or known["name"]
         known["arguments"].append(function.get("arguments") or "")
-        known["size"] = known.get("size", 0) + len(known["arguments"][-1])
+        known["size"] += len(known["arguments"][-1])
         if known["size"] > ARGUMENTS:
             raise ValueError(f"a call's arguments have more than {ARGUMENTS} characters")
 

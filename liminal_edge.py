@@ -519,7 +519,7 @@ async def drain(edge: Edge) -> None:
             for item in batch:
                 edge.metrics.observe("liminal_queue_wait_seconds", time.time() - item["created_at"])
             await edge.queue.settle()
-            tries = 0
+            tries, alone = 0, alone and edge.queue.rows > 0  # what was refused waits in overflow.db
             await asyncio.sleep(BATCH_PAUSE)
         except Problem as problem:
             if problem.code != "domain_unavailable":
